@@ -1,0 +1,127 @@
+"""Plans against a model: refusals with field, value and limit; rows, blocks, cache keys and counts."""
+
+import random
+
+import numpy as np
+import pytest
+
+from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
+from vllm_unsafe_routes.compiled import NO_ROW, PlanCompiler
+
+SHAPE = ModelShape("olmoe", 6, 64, (1, 2, 4), num_experts=64, top_k=4)
+POLICY = RoutePolicy({1: LayerPolicy(disabled=frozenset({7}), protected=frozenset({3})), 4: LayerPolicy(frozenset(range(59)))})
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (RoutePlan().disable(3, "all", [1]), "layer 3 has no experts; MoE layers are 1, 2, 4"),
+        (RoutePlan().force(2, [17], [1, 2, 3, 64]), r"layer 2, position 17: expert 64 is out of range for 64 experts \(0-63\)"),
+        (RoutePlan().force(2, [17], [1, 2, 3]), "layer 2, position 17: 3 forced experts, exactly top_k 4 are needed"),
+        (RoutePlan().force(2, [1], [1, 2, 3, 4]).force(2, [0, 1], [5, 6, 7, 8]), "layer 2, position 1: two forces"),
+        (RoutePlan().force(2, "all", [1, 2, 3, 4]).force(2, [9], [5, 6, 7, 8]), "layer 2, position 9: two forces"),
+        (RoutePlan().force(2, "all", [1, 2, 3, 4]).force(2, "prompt", [5, 6, 7, 8]), "layer 2, positions 'prompt': two"),
+        (RoutePlan().allow(2, [3], [1, 2, 3]), "layer 2, position 3: 3 experts left, top_k 4 are needed"),
+        (RoutePlan().disable(2, "generated", list(range(61))), "positions 'generated': 3 experts left"),
+        (RoutePlan().force(2, [3], [1, 2, 3, 4]).disable(2, "all", [2]), "expert 2 is forced and disabled by the same plan"),
+        (RoutePlan(model="feedfacefeedface").disable(2, "all", [1]), "the plan is for model feedfacefeedface"),
+    ],
+    ids=lambda value: "" if isinstance(value, RoutePlan) else value[:40],
+)
+def test_refusals(plan, message):
+    with pytest.raises(RouteError, match=message):
+        PlanCompiler(SHAPE).compile(plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (RoutePlan().force(1, [0], [3, 7, 8, 9]), "layer 1, position 0: expert 7 is disabled by the engine's policy"),
+        (RoutePlan().force(1, [0], [4, 6, 8, 9]), "layer 1, position 0: expert 3 is protected by the engine's policy"),
+        (RoutePlan().disable(1, "all", [3]), "expert 3 is protected by the engine's policy and cannot be excluded"),
+        (RoutePlan().allow(1, "all", [4, 5, 6, 8]), "expert 3 is protected"),
+        (RoutePlan().disable(4, "all", [60, 61]), "layer 4, positions 'prompt': 3 experts left, top_k 4"),
+    ],
+)
+def test_a_plan_cannot_lift_the_policy(plan, message):
+    with pytest.raises(RouteError, match=message):
+        PlanCompiler(SHAPE, POLICY).compile(plan)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (RoutePolicy({0: LayerPolicy(frozenset({1}))}), "policy layer 0 has no experts; MoE layers are 1, 2, 4"),
+        (RoutePolicy({1: LayerPolicy(frozenset({64}))}), r"expert 64 is out of range for 64 experts \(0-63\)"),
+        (RoutePolicy({1: LayerPolicy(frozenset(range(61)))}), "3 experts left, top_k 4 are needed"),
+        (RoutePolicy({1: LayerPolicy(protected=frozenset(range(5)))}), "5 protected experts, at most top_k 4"),
+        (RoutePolicy({}, model="0" * 16), "the policy is for model 0000000000000000"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(policy, message):
+    with pytest.raises(RouteError, match=message):
+        PlanCompiler(SHAPE, policy)
+
+
+def test_limits_of_the_table_are_named():
+    plan = RoutePlan()
+    for position in range(20):
+        plan.force(1, [position], [position, 40, 41, 42])
+    with pytest.raises(RouteError, match="20 distinct routes, more than the 19 that the route table holds"):
+        PlanCompiler(SHAPE, max_rows=19).compile(plan)
+    with pytest.raises(RouteError, match="20 positions x 3 MoE layers = 66 cells, more than the route table's 65"):
+        PlanCompiler(SHAPE, max_cells=65).compile(plan)
+
+
+def test_candidates_share_all_rows_but_one():
+    compiler = PlanCompiler(SHAPE)
+    base = [(layer, position, [position % 60, 61, 62, 63]) for layer in SHAPE.moe_layers for position in range(10)]
+    contents: set[bytes] = set()
+    for candidate in range(8):
+        plan = RoutePlan()
+        for layer, position, chosen in base:
+            plan.force(layer, [position], chosen)
+        plan.force(2, [10], [candidate, candidate + 8, 50, 51])
+        contents |= set(compiler.compile(plan).rows)
+    assert len(contents) == 10 + 8
+
+
+def test_block_layout():
+    plan = RoutePlan().disable(1, "prompt", [5]).force(2, [1], [4, 3, 2, 1]).allow(4, "generated", [1, 2, 3, 4, 9])
+    compiled = PlanCompiler(SHAPE).compile(plan)
+    masked, forced, allowed = compiled.block[0, 0], compiled.block[1, 1], compiled.block[2, 3]
+    expected = [[masked, masked, masked, NO_ROW], [NO_ROW, forced, NO_ROW, NO_ROW], [NO_ROW, NO_ROW, NO_ROW, allowed]]
+    assert compiled.block.tolist() == expected
+    assert len({masked, forced, allowed}) == 3
+    flags, words = np.frombuffer(compiled.rows[masked], "<i4")[:1], np.frombuffer(compiled.rows[masked], "<u4")[1:3]
+    assert flags[0] == 0
+    assert words.tolist() == [0xFFFFFFFF & ~(1 << 5), 0xFFFFFFFF]
+    assert np.frombuffer(compiled.rows[forced], "<i4")[3:7].tolist() == [4, 3, 2, 1]
+
+
+def test_counts_and_keys_against_a_loop():
+    rng = random.Random(5)
+    for _ in range(60):
+        plan, other = RoutePlan(), RoutePlan()
+        for layer in SHAPE.moe_layers:
+            for _ in range(rng.randrange(3)):
+                where = rng.choice(["prompt", "generated", "all", [rng.randrange(12)], [0, 3, 7]])
+                banned = rng.sample(range(64), 2)
+                plan.disable(layer, where, banned)
+                if rng.random() < 0.8:
+                    other.disable(layer, where, banned)
+        compiler, prompt_len = PlanCompiler(SHAPE), rng.randrange(12, 20)
+        first, second = compiler.compile(plan), compiler.compile(other)
+        start = rng.randrange(24)
+        end = start + rng.randrange(1, 12)
+
+        def effect(compiled, position, prompt_len=prompt_len):
+            column = compiled.block[:, compiled.column(position, prompt_len)]
+            return [None if row == NO_ROW else compiled.rows[row] for row in column]
+
+        span = range(start, end)
+        count = sum(row is not None for position in span for row in effect(first, position))
+        assert first.num_routes(start, end, prompt_len) == count
+        same = all(effect(first, position) == effect(second, position) for position in span)
+        assert (first.cache_key(start, end, prompt_len) == second.cache_key(start, end, prompt_len)) == same
+        assert (first.cache_key(start, end, prompt_len) is None) == (count == 0)

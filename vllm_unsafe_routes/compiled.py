@@ -1,0 +1,307 @@
+"""From a plan to route-table rows: contents and indices, still on the host and independent of any engine.
+
+A **row** is what happens to one token at one layer. Rows are told apart by their contents alone (`RowLayout`), so that plans
+which agree on a token share its rows. A **block** holds, for every MoE layer, the plan's row for each listed prompt
+position, then for every other prompt position, then for every generated position.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RouteError
+from .plan import Directive, RoutePlan, parse_plan
+from .policy import RoutePolicy
+from .shape import ModelShape
+
+NO_ROW = -1
+# The bits of a row's flags word, as `kernels/spec.py` defines them; a test compares the two.
+FLAG_FORCED, FLAG_EXPLICIT_WEIGHTS, FLAG_NATIVE_WEIGHTS = 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Byte layout of a row's content: flags, allowed-expert words, forced ids (all int32), forced weights (float32)."""
+
+    num_experts: int
+    top_k: int
+
+    @property
+    def num_words(self) -> int:
+        """int32 words of the allowed-expert bit mask; bit e % 32 of word e // 32 is expert e."""
+        return (self.num_experts + 31) // 32
+
+    @property
+    def num_ints(self) -> int:
+        """Length of a row in 4-byte units."""
+        return 1 + self.num_words + 2 * self.top_k
+
+    def mask_row(self, allowed: int, native: bool) -> bytes:
+        """A row that lets a token choose among the experts whose bits are set in `allowed`."""
+        flags = FLAG_NATIVE_WEIGHTS if native else 0
+        return flags.to_bytes(4, "little") + allowed.to_bytes(4 * self.num_words, "little") + bytes(8 * self.top_k)
+
+    def forced_row(self, experts: tuple[int, ...], weights: tuple[float, ...] | None, native: bool) -> bytes:
+        """A row that gives a token exactly `experts`."""
+        flags = FLAG_FORCED | (FLAG_NATIVE_WEIGHTS if native and weights is None else 0)
+        if weights is not None:
+            flags |= FLAG_EXPLICIT_WEIGHTS
+        allowed = sum(1 << expert for expert in experts)
+        return (
+            flags.to_bytes(4, "little")
+            + allowed.to_bytes(4 * self.num_words, "little")
+            + struct.pack(f"<{self.top_k}i", *experts)
+            + struct.pack(f"<{self.top_k}f", *(weights or (0.0,) * self.top_k))
+        )
+
+
+class CompiledPlan:
+    """A plan checked against one model and policy.
+
+    Attributes:
+        digest: the plan's digest.
+        rows: distinct row contents, `RowLayout` bytes each.
+        block: int32 [num_moe_layers, num_listed + 2]; index into `rows`, or `NO_ROW`: no directive, the policy's row holds.
+            Column p < num_listed is prompt position p; then come the defaults of prompt and of generated positions.
+        max_position: largest listed position, -1 if none; the prompt must be longer.
+
+    """
+
+    __slots__ = ("_counts", "_cumulative", "_digests", "block", "digest", "max_position", "rows")
+
+    def __init__(self, digest: str, rows: list[bytes], block: npt.NDArray[np.int32]) -> None:
+        self.digest = digest
+        self.rows = rows
+        self.block = block
+        self.max_position = block.shape[1] - 3
+        self._counts = (block != NO_ROW).sum(axis=0)
+        self._cumulative = np.concatenate([[0], np.cumsum(self._counts[:-2])])
+        self._digests: dict[int, bytes] = {}
+
+    @property
+    def num_listed(self) -> int:
+        """Number of leading prompt positions that have a column of their own."""
+        return self.block.shape[1] - 2
+
+    def column(self, position: int, prompt_len: int) -> int:
+        """Column of `block` that holds for a position of a request with a prompt of `prompt_len` tokens."""
+        if position < self.num_listed:
+            return position
+        return self.num_listed if position < prompt_len else self.num_listed + 1
+
+    def num_routes(self, start: int, end: int, prompt_len: int) -> int:
+        """How many (layer, token) routes the plan sets for positions `start` to `end` (exclusive)."""
+        listed = self.num_listed
+        num = int(self._cumulative[min(end, listed)] - self._cumulative[min(start, listed)])
+        num += int(self._counts[listed]) * max(0, min(end, prompt_len) - max(start, listed))
+        return num + int(self._counts[listed + 1]) * max(0, end - max(start, prompt_len))
+
+    def cache_key(self, start: int, end: int, prompt_len: int) -> bytes | None:
+        """16 bytes over what the plan does to positions `start` to `end` (exclusive); None if it does nothing there.
+
+        Two plans give the same key exactly when they route these positions alike (up to a hash collision).
+        """
+        listed = self.num_listed
+        if start >= listed:
+            # Beyond the listed positions only the two defaults matter, and most plans have neither.
+            default = self._counts[listed] if start < prompt_len else 0
+            if not default and not (self._counts[listed + 1] and end > prompt_len):
+                return None
+        columns = [self.column(position, prompt_len) for position in range(start, end)]
+        if not any(self._counts[column] for column in columns):
+            return None
+        return hashlib.blake2b(b"".join(map(self._column_digest, columns)), digest_size=16).digest()
+
+    def _column_digest(self, column: int) -> bytes:
+        digest = self._digests.get(column)
+        if digest is None:
+            parts = hashlib.blake2b(digest_size=16)
+            for slot, row in enumerate(self.block[:, column].tolist()):
+                if row != NO_ROW:
+                    parts.update(slot.to_bytes(4, "little") + self.rows[row])
+            digest = self._digests[column] = parts.digest()
+        return digest
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What holds for one (layer, position) while directives are being gathered."""
+
+    allowed: int
+    force: Directive | None = None
+
+
+class PlanCompiler:
+    """Checks plans against one model and policy and turns them into rows.
+
+    Args:
+        shape: the model.
+        policy: the engine's policy, or None.
+        max_rows: distinct rows that one plan may have: what the route table can hold beside the policy's rows.
+        max_cells: entries that one plan's block may have.
+
+    """
+
+    def __init__(
+        self, shape: ModelShape, policy: RoutePolicy | None = None, max_rows: int = 1 << 30, max_cells: int = 1 << 62
+    ) -> None:
+        if policy is not None:
+            policy.validate(shape)
+        self.shape = shape
+        self.policy = policy
+        self.max_rows = max_rows
+        self.max_cells = max_cells
+        self.layout = RowLayout(shape.num_experts, shape.top_k)
+        self._all = (1 << shape.num_experts) - 1
+        entries = policy.layers if policy else {}
+        self._banned = [_bits(entries[layer].disabled) if layer in entries else 0 for layer in shape.moe_layers]
+        self._protected = [_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
+        self._compiled: OrderedDict[str, CompiledPlan] = OrderedDict()
+
+    def policy_rows(self) -> list[bytes | None]:
+        """Per MoE layer the row of a token without a directive; None where the policy bans nothing."""
+        native = self.policy is not None and self.policy.weights == "native"
+        return [self.layout.mask_row(self._all & ~banned, native) if banned else None for banned in self._banned]
+
+    def compile_text(self, text: str) -> CompiledPlan:
+        """`compile(RoutePlan.from_string(text))`, remembered for the last 1024 texts."""
+        compiled = self._compiled.get(text)
+        if compiled is None:
+            compiled = self._compiled[text] = self.compile(parse_plan(text))
+            if len(self._compiled) > 1024:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(text)
+        return compiled
+
+    def compile(self, plan: RoutePlan) -> CompiledPlan:
+        """Check `plan` and turn it into rows.
+
+        Raises:
+            RouteError: anything in the plan that the model or the policy does not permit; see `docs/plans.md`.
+
+        """
+        shape, layout = self.shape, self.layout
+        if plan.model is not None and plan.model != shape.fingerprint:
+            raise RouteError(f"the plan is for model {plan.model}, this engine serves {shape.fingerprint} ({shape.model_type})")
+        if plan.weights == "native" and not shape.native_weights:
+            raise RouteError(f"weights 'native' do not exist for model_type {shape.model_type!r}: its routing function weighs only its own selection")
+        by_slot: dict[int, tuple[list[Directive], list[Directive]]] = {}
+        num_listed = 0
+        for item in plan.directives:
+            self._check_directive(item)
+            spans, listed = by_slot.setdefault(shape.slot_of_layer[item.layer], ([], []))
+            if isinstance(item.positions, str):
+                spans.append(item)
+            else:
+                listed.append(item)
+                num_listed = max(num_listed, max(item.positions) + 1)
+        num_cells = (num_listed + 2) * len(shape.moe_layers)
+        if num_cells > self.max_cells:
+            raise RouteError(
+                f"the plan spans {num_listed} positions x {len(shape.moe_layers)} MoE layers = {num_cells} cells, "
+                f"more than the route table's {self.max_cells}; start the engine with a larger route_table_cells"
+            )
+
+        native = plan.weights == "native"
+        row_of: dict[bytes, int] = {}
+        block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
+        for slot, (spans, listed) in by_slot.items():
+            prompt, generated = _Cell(self._all), _Cell(self._all)
+            for item in spans:
+                if item.positions in ("prompt", "all"):
+                    self._apply(item, prompt, "prompt")
+                if item.positions in ("generated", "all"):
+                    self._apply(item, generated, "generated")
+            cells: dict[int, _Cell] = {}
+            for item in listed:
+                for position in item.positions:
+                    cell = cells.get(position)  # type: ignore[call-overload]
+                    if cell is None:
+                        cell = cells[position] = _Cell(prompt.allowed, prompt.force)  # type: ignore[index]
+                    self._apply(item, cell, position)
+            columns: list[tuple[int, object, _Cell]] = [(num_listed, "prompt", prompt), (num_listed + 1, "generated", generated)]
+            columns += [(position, position, cell) for position, cell in cells.items()]
+            for column, where, cell in columns:
+                content = self._row(slot, where, cell, native)
+                if content is not None:
+                    block[slot, column] = row_of.setdefault(content, len(row_of))
+            untouched = [position for position in range(num_listed) if position not in cells]
+            block[slot, untouched] = block[slot, num_listed]
+        if len(row_of) > self.max_rows:
+            raise RouteError(
+                f"the plan has {len(row_of)} distinct routes, more than the {self.max_rows} that the route table holds; "
+                "start the engine with a larger route_table_rows"
+            )
+        return CompiledPlan(plan.digest, list(row_of), block)
+
+    def _check_directive(self, item: Directive) -> None:
+        shape = self.shape
+        if item.layer not in shape.slot_of_layer:
+            raise RouteError(f"layer {item.layer} has no experts; MoE layers are {shape.describe_layers()}")
+        if max(item.experts) >= shape.num_experts:
+            expert = next(expert for expert in item.experts if expert >= shape.num_experts)
+            raise RouteError(
+                f"{_where(item)}: expert {expert} is out of range for {shape.num_experts} experts (0-{shape.num_experts - 1})"
+            )
+        if item.kind == "force" and len(item.experts) != shape.top_k:
+            raise RouteError(f"{_where(item)}: {len(item.experts)} forced experts, exactly top_k {shape.top_k} are needed")
+
+    def _apply(self, item: Directive, cell: _Cell, where: object) -> None:
+        bits = _bits(item.experts)
+        if item.kind == "disable":
+            cell.allowed &= ~bits
+        elif item.kind == "allow":
+            cell.allowed &= bits
+        elif cell.force is not None:
+            raise RouteError(f"layer {item.layer}, {_name(where)}: two forces for one (layer, position)")
+        else:
+            cell.force = item
+
+    def _row(self, slot: int, where: object, cell: _Cell, native: bool) -> bytes | None:
+        """The row of a cell under the policy, None where the plan wants nothing there."""
+        if cell.force is None and cell.allowed == self._all:
+            return None
+        place = f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
+        banned, protected, top_k = self._banned[slot], self._protected[slot], self.shape.top_k
+        chosen = cell.allowed if cell.force is None else _bits(cell.force.experts)
+        if cell.force is not None:
+            if chosen & ~cell.allowed:
+                raise RouteError(f"{place}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
+            if chosen & banned:
+                raise RouteError(f"{place}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced")
+        if protected & ~chosen:
+            raise RouteError(f"{place}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded")
+        if cell.force is not None:
+            return self.layout.forced_row(cell.force.experts, cell.force.weights, native)
+        left = cell.allowed & ~banned
+        if left.bit_count() < top_k:
+            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed")
+        return self.layout.mask_row(left, native)
+
+
+def _bits(experts: frozenset[int] | tuple[int, ...]) -> int:
+    return sum(1 << expert for expert in experts)
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _name(where: object) -> str:
+    return f"position {where}" if isinstance(where, int) else f"positions {where!r}"
+
+
+def _where(item: Directive) -> str:
+    positions = item.positions
+    if not isinstance(positions, str) and len(positions) == 1:
+        return f"layer {item.layer}, position {positions[0]}"
+    return f"layer {item.layer}, positions {positions if isinstance(positions, str) else list(positions[:8])}"

@@ -1,0 +1,173 @@
+"""Settings of the engine side: `additional_config["unsafe_routes"]` and the server's flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..compiled import PlanCompiler
+from ..errors import RouteError
+from ..plan import reject_unknown_keys
+from ..policy import RoutePolicy
+from ..shape import ModelShape
+
+CONFIG_KEY = "unsafe_routes"
+MODE_CHOICES = ("native", "fused")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteConfig:
+    """What an engine is told about routes.
+
+    Attributes:
+        policy: the policy's JSON form, or None. A path is accepted and read once, in the process that builds the config.
+        allow_overrides: whether requests may bring plans.
+        route_table_rows: distinct (layer, token) directives that can be on the device at one time.
+        route_table_cells: int32 entries for the plans' blocks (MoE layers x (listed positions + 2) per request).
+        route_table_slots: requests with a plan that may be in the scheduler at one time; more wait outside.
+        gating: "native": the model's own gating runs first and only directed tokens are rewritten, so undirected tokens are
+            bit for bit the model's own. "fused": on GPUs, one Triton kernel replaces the gating.
+
+    """
+
+    policy: Mapping[str, Any] | None = None
+    allow_overrides: bool = False
+    route_table_rows: int = 65536
+    route_table_cells: int = 1 << 22
+    route_table_slots: int = 4096
+    gating: str = "native"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is asked for at all."""
+        return self.policy is not None or self.allow_overrides
+
+    @classmethod
+    def from_dict(cls, document: Any) -> RouteConfig:
+        """Check and complete a user's dict. A policy path is replaced by the policy's content.
+
+        Raises:
+            RouteError: unknown keys, wrong types, an unreadable policy.
+
+        """
+        if not isinstance(document, Mapping):
+            raise RouteError(f"additional_config[{CONFIG_KEY!r}] must be an object, got {document!r}")
+        reject_unknown_keys(document, {item.name for item in fields(cls)}, f"additional_config[{CONFIG_KEY!r}]")
+        values = dict(document)
+        policy = values.get("policy")
+        if isinstance(policy, Mapping):
+            values["policy"] = RoutePolicy.from_json(policy).to_dict()
+        elif policy is not None:
+            values["policy"] = RoutePolicy.load(policy).to_dict()
+        if not isinstance(values.get("allow_overrides", False), bool):
+            raise RouteError(f"allow_overrides must be true or false, got {values['allow_overrides']!r}")
+        for name in ("route_table_rows", "route_table_cells", "route_table_slots"):
+            value = values.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RouteError(f"{name} must be a positive integer, got {value!r}")
+        if values.get("gating", "native") not in MODE_CHOICES:
+            raise RouteError(f"gating {values['gating']!r} is not one of {', '.join(MODE_CHOICES)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for `additional_config` (which is hashed as JSON and sent to every process)."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def load_policy(self) -> RoutePolicy | None:
+        """The policy as an object."""
+        return None if self.policy is None else RoutePolicy.from_json(self.policy)
+
+    def compiler(self, shape: ModelShape) -> PlanCompiler:
+        """The plan compiler that the front end, the scheduler and the workers share the settings of.
+
+        Raises:
+            RouteError: the policy does not fit the model, or the table cannot hold the policy's own rows.
+
+        """
+        policy = self.load_policy()
+        reserved = 0 if policy is None else sum(bool(entry.disabled) for entry in policy.layers.values())
+        if reserved >= self.route_table_rows:
+            raise RouteError(f"route_table_rows {self.route_table_rows} is too small: the policy alone needs {reserved}")
+        return PlanCompiler(shape, policy, self.route_table_rows - reserved, self.route_table_cells)
+
+
+def route_config(vllm_config: Any) -> RouteConfig | None:
+    """The settings in a `VllmConfig`; None where nothing is asked for."""
+    additional = vllm_config.additional_config
+    document = additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None
+    if document is None:
+        return None
+    config = RouteConfig.from_dict(document)
+    return config if config.enabled else None
+
+
+def model_shape(vllm_config: Any) -> ModelShape:
+    """The MoE shape of the model that a `VllmConfig` serves."""
+    return ModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+
+
+# What runs through vLLM paths where a router may see other tokens than the step's own, in the order of the step.
+_UNSUPPORTED = (
+    ("data_parallel_size", 1, "--data-parallel-size 1 (run one server per replica)"),
+    ("enable_dbo", False, "leave out --enable-dbo"),
+    ("prefill_context_parallel_size", 1, "--prefill-context-parallel-size 1"),
+    ("decode_context_parallel_size", 1, "--decode-context-parallel-size 1"),
+)
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Refuse settings under which routes could not be kept exactly apart.
+
+    Raises:
+        RouteError: names the setting, its value and what helps.
+
+    """
+    parallel = vllm_config.parallel_config
+    for name, wanted, help_text in _UNSUPPORTED:
+        value = getattr(parallel, name, wanted)
+        if value != wanted:
+            raise RouteError(f"route control does not support {name}={value}; {help_text}")
+    if vllm_config.speculative_config is not None:
+        raise RouteError("route control does not support speculative decoding; leave out --speculative-config")
+
+
+def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the server's flags."""
+    group = parser.add_argument_group(
+        title="unsafe-routes", description="Control of expert routing in MoE models (plugin vllm-unsafe-routes)."
+    )
+    group.add_argument(
+        "--route-policy",
+        metavar="PATH",
+        default=None,
+        help="A route-policy/1 file that holds for every request: experts that no token may be routed to, and experts that "
+        "no request may exclude. The server refuses to start if the policy cannot be enforced on every MoE layer.",
+    )
+    group.add_argument(
+        "--enable-route-overrides",
+        action="store_true",
+        default=False,
+        help="Let requests bring a route plan (vllm_xargs.route_plan). Off by default; a policy always holds.",
+    )
+
+
+def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """`additional_config` with the server's flags added.
+
+    Raises:
+        RouteError: a flag contradicts what `--additional-config` says.
+
+    """
+    policy, overrides = getattr(args, "route_policy", None), getattr(args, "enable_route_overrides", False)
+    if policy is None and not overrides:
+        return additional_config
+    section = dict(additional_config.get(CONFIG_KEY) or {})
+    if policy is not None:
+        if section.get("policy") not in (None, policy):
+            raise RouteError("--route-policy and additional_config['unsafe_routes']['policy'] both name a policy; keep one")
+        section["policy"] = policy
+    if overrides:
+        section["allow_overrides"] = True
+    return {**additional_config, CONFIG_KEY: section}

@@ -1,0 +1,284 @@
+"""Entry point of the `vllm.general_plugins` group: wraps the symbols of `symbols.py`.
+
+vLLM calls `register` in the API server, the engine core and every worker, sometimes more than once. The module imports
+nothing heavy: vLLM logs and then ignores a plugin that fails to import, which would leave an engine silently unrouted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from typing import Any
+
+OFF_SWITCH = "VLLM_UNSAFE_ROUTES_DISABLE"
+_MARK = "__unsafe_routes_wrapped__"
+_ADMISSION = "unsafe_routes_admission"
+_CONTROLLER = "unsafe_routes_controller"
+_CONTEXTS = "unsafe_routes_contexts"
+_GUARD = "unsafe_routes_guard"
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make vLLM route-aware in this process; a second call does nothing."""
+    if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
+        logger.warning("%s is set: no route policy and no override is in force in this process", OFF_SWITCH)
+        return
+    from . import symbols
+
+    reason = symbols.unsupported_reason()
+    if reason is not None:
+        # Not asked for anything yet: leave vLLM alone, but never start an engine that wants routes controlled.
+        _wrap(symbols.CREATE_CONFIG, lambda own: _refuse_config(own, reason))
+        return
+    for symbol, wrapper in (
+        (symbols.CREATE_CONFIG, _create_engine_config),
+        (symbols.ADD_CLI_ARGS, _add_cli_args),
+        (symbols.FROM_CLI_ARGS, _from_cli_args),
+        (symbols.PROCESS_INPUTS, _process_inputs),
+        (symbols.PREPROCESS_REQUEST, _preprocess_add_request),
+        (symbols.BLOCK_KEYS, _generate_block_hash_extra_keys),
+        (symbols.ADD_REQUEST, _add_request),
+        (symbols.FREE_REQUEST, _free_request),
+        (symbols.FINISH_REQUESTS, _finish_requests),
+        (symbols.UPDATE_FROM_OUTPUT, _update_from_output),
+        (symbols.LOAD_MODEL, _load_model),
+        (symbols.EXECUTE_MODEL, _execute_model),
+        (symbols.SAMPLE_TOKENS, _sample_tokens),
+        (symbols.V1_FORWARD, _v1_forward),
+        (symbols.V2_INPUTS, _v2_prepare_inputs),
+    ):
+        _wrap(symbol, wrapper)
+
+
+def _wrap(symbol: Any, wrapper: Any) -> None:
+    """Replace a function by `wrapper(function)`, once, wherever it was imported by name."""
+    owner, name, stored = symbol.resolve()
+    kind = type(stored) if isinstance(stored, classmethod | staticmethod) else None
+    own = stored.__func__ if kind else stored
+    if getattr(own, _MARK, False):
+        return
+    wrapped = functools.wraps(own)(wrapper(own))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, kind(wrapped) if kind else wrapped)
+    if not isinstance(owner, type):
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("vllm.") and module.__dict__.get(name) is own:
+                setattr(module, name, wrapped)
+
+
+def _refuse_config(own: Any, reason: str) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .config import CONFIG_KEY
+
+        if (self.additional_config or {}).get(CONFIG_KEY):
+            from ..errors import RouteError
+
+            raise RouteError(reason)
+        return own(self, *args, **kwargs)
+
+    return create_engine_config
+
+
+def _create_engine_config(own: Any) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .config import CONFIG_KEY, RouteConfig, check_supported, model_shape
+
+        section = self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
+        if section is None:
+            return own(self, *args, **kwargs)
+        config = RouteConfig.from_dict(section)
+        # The policy's content, not its path, goes to every process and into the compile-cache hash.
+        self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_dict()}
+        vllm_config = own(self, *args, **kwargs)
+        if config.enabled:
+            config.compiler(model_shape(vllm_config))
+            check_supported(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _add_cli_args(own: Any) -> Any:
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        from .config import add_cli_arguments
+
+        parser = own(parser, *args, **kwargs)
+        add_cli_arguments(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _from_cli_args(own: Any) -> Any:
+    def from_cli_args(cls: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        from .config import merge_cli_arguments
+
+        engine_args = own(cls, args, *more, **kwargs)
+        engine_args.additional_config = merge_cli_arguments(engine_args.additional_config, args)
+        return engine_args
+
+    return from_cli_args
+
+
+def _process_inputs(own: Any) -> Any:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = own(self, *args, **kwargs)
+        guard = self.__dict__.get(_GUARD)
+        if guard is None:
+            from .frontend import PlanGuard
+
+            guard = self.__dict__[_GUARD] = PlanGuard(self.vllm_config)
+        guard.check(request)
+        return request
+
+    return process_inputs
+
+
+def _preprocess_add_request(own: Any) -> Any:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        if _CONTEXTS not in self.__dict__:
+            from .cache import RequestContexts
+            from .config import route_config
+
+            enabled = route_config(self.vllm_config) is not None
+            self.__dict__[_CONTEXTS] = RequestContexts(self.vllm_config) if enabled else None
+        contexts = self.__dict__[_CONTEXTS]
+        if contexts is None:
+            return own(self, request)
+        return contexts.build(request, lambda: own(self, request))
+
+    return preprocess_add_request
+
+
+def _generate_block_hash_extra_keys(own: Any) -> Any:
+    from .cache import route_extra_keys
+
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, next_mm_idx = own(request, start_token_idx, end_token_idx, start_mm_idx)
+        ours = route_extra_keys(request, start_token_idx, end_token_idx)
+        return ((*(keys or ()), *ours) if ours else keys), next_mm_idx
+
+    return generate_block_hash_extra_keys
+
+
+def _admission(scheduler: Any) -> Any:
+    """The scheduler's route state; None for an engine without route control."""
+    if _ADMISSION not in scheduler.__dict__:
+        from .config import route_config
+        from .scheduler import RouteAdmission
+
+        enabled = route_config(scheduler.vllm_config) is not None
+        scheduler.__dict__[_ADMISSION] = RouteAdmission(scheduler) if enabled else None
+    return scheduler.__dict__[_ADMISSION]
+
+
+def _add_request(own: Any) -> Any:
+    def add_request(self: Any, request: Any) -> None:
+        admission = _admission(self)
+        if admission is None or admission.admit(request):
+            own(self, request)
+
+    return add_request
+
+
+def _free_request(own: Any) -> Any:
+    def free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = own(self, request, *args, **kwargs)
+        admission = _admission(self)
+        if admission is not None:
+            add_request = type(self).add_request.__wrapped__
+            for held in admission.free(request.request_id):
+                add_request(self, held)
+        return result
+
+    return free_request
+
+
+def _finish_requests(own: Any) -> Any:
+    def finish_requests(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if request_ids is not None and not isinstance(request_ids, str):
+            request_ids = list(request_ids)
+        admission = _admission(self)
+        if admission is not None:
+            admission.abort(request_ids)
+        return own(self, request_ids, *args, **kwargs)
+
+    return finish_requests
+
+
+def _update_from_output(own: Any) -> Any:
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
+        admission = _admission(self)
+        if admission is None:
+            return own(self, scheduler_output, model_runner_output, *args, **kwargs)
+        admission.absorb(model_runner_output)
+        outputs = own(self, scheduler_output, model_runner_output, *args, **kwargs)
+        admission.attach_receipts(outputs)
+        return outputs
+
+    return update_from_output
+
+
+def _load_model(own: Any) -> Any:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        from .config import route_config
+
+        config = route_config(self.vllm_config)
+        if config is not None:
+            from .worker import RouteController
+
+            controller = RouteController(self.vllm_config, config, self.model_runner.get_model(), self.device)
+            setattr(self.model_runner, _CONTROLLER, controller)
+
+    return load_model
+
+
+def _execute_model(own: Any) -> Any:
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        controller = self.model_runner.__dict__.get(_CONTROLLER)
+        if controller is None:
+            return own(self, scheduler_output)
+        controller.update(scheduler_output)
+        output = own(self, scheduler_output)
+        controller.end_forward()
+        return controller.report(output)
+
+    return execute_model
+
+
+def _sample_tokens(own: Any) -> Any:
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        controller = self.model_runner.__dict__.get(_CONTROLLER)
+        return output if controller is None else controller.report(output)
+
+    return sample_tokens
+
+
+def _v1_forward(own: Any) -> Any:
+    def _model_forward(self: Any, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
+        controller = self.__dict__.get(_CONTROLLER)
+        if controller is not None:
+            # The call's positions may be three-dimensional rotary ones; the runner's own are the plain ones.
+            num_tokens = positions.shape[-1]
+            controller.begin_forward(self.input_batch.req_ids, self.query_start_loc.gpu, self.positions[:num_tokens])
+        return own(self, input_ids, positions, *args, **kwargs)
+
+    return _model_forward
+
+
+def _v2_prepare_inputs(own: Any) -> Any:
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = own(self, *args, **kwargs)
+        controller = self.__dict__.get(_CONTROLLER)
+        if controller is not None:
+            controller.begin_forward(batch.req_ids, batch.query_start_loc, batch.positions)
+        return batch
+
+    return prepare_inputs

@@ -1,0 +1,29 @@
+"""What a worker tells the scheduler after a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PROGRESS_ATTRIBUTE = "unsafe_routes_progress"
+
+
+@dataclass(slots=True)
+class StepProgress:
+    """What a worker reports of one request after one step.
+
+    Attributes:
+        routes_set: (layer, token) routes set so far.
+        first_position: first position that this engine computed for the request.
+        chunk_start: position of the first row of `route_ids`.
+        route_ids: int32 [num_tokens, num_moe_layers, top_k] of this step, or None.
+        route_weights: float32, same shape, or None.
+
+    """
+
+    routes_set: int
+    first_position: int
+    chunk_start: int = 0
+    route_ids: np.ndarray | None = None
+    route_weights: np.ndarray | None = None

@@ -1,0 +1,361 @@
+"""The worker's side: the route table on the device, filled before each forward pass, and what was set, read afterwards.
+
+All device buffers are allocated once, so CUDA graphs replay with the current step's directives. The row index is
+[MoE layer, token]: -1 is "no directive". Nothing is launched for batches without plans; a policy alone is written once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.logger import init_logger
+
+from vllm_unsafe_routes.kernels.row_index import fill_row_index
+from vllm_unsafe_routes.kernels.spec import RouteRows
+
+from ..compiled import NO_ROW, CompiledPlan
+from ..plan import PLAN_KEY, RETURN_ROUTES_KEY
+from ..table import Arena, RowStore
+from .config import RouteConfig, check_supported, model_shape
+from .progress import PROGRESS_ATTRIBUTE, StepProgress
+from .router import bind_routers, controllers
+
+logger = init_logger(__name__)
+
+_handles = itertools.count()
+# Slot 0 belongs to every request without a plan.
+_NO_PLAN_SLOT = 0
+
+
+@dataclass(slots=True)
+class RouterState:
+    """The two facts that a router reads on every call.
+
+    Attributes:
+        active: some token of this step may have a row.
+        always: calls are captured in graphs and must not be skipped.
+
+    """
+
+    active: bool = False
+    always: bool = False
+
+
+@dataclass(slots=True)
+class _Resident:
+    """A request with a plan or captured routes, while this worker knows it."""
+
+    slot: int
+    plan: CompiledPlan | None
+    wants_routes: bool
+    prompt_len: int
+    start: int
+    end: int = 0
+
+    def num_set(self) -> int:
+        return 0 if self.plan is None else self.plan.num_routes(self.start, max(self.start, self.end), self.prompt_len)
+
+
+class RouteController:
+    """Route control of one worker's model.
+
+    Args:
+        vllm_config: the engine's config.
+        config: its route settings.
+        model: the loaded model; all its MoE routers are bound here.
+        device: where the model runs.
+
+    Raises:
+        RouteError: the model or the settings cannot be controlled; the engine must not start.
+
+    """
+
+    def __init__(self, vllm_config: Any, config: RouteConfig, model: torch.nn.Module, device: torch.device) -> None:
+        check_supported(vllm_config)
+        self.shape = model_shape(vllm_config)
+        self.compiler = config.compiler(self.shape)
+        self.device = device
+        self.state = RouterState(always=device.type != "cpu")
+        self.handle = next(_handles)
+        controllers[self.handle] = self
+
+        num_layers, layout = len(self.shape.moe_layers), self.compiler.layout
+        num_rows = config.route_table_rows
+        self.capacity = _max_padded_tokens(vllm_config)
+        self._rows = RowStore(num_rows)
+        words, top_k = layout.num_words, layout.top_k
+        self.rows = RouteRows(
+            flags=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            allowed=torch.zeros((num_rows, words), dtype=torch.int32, device=device),
+            forced_ids=torch.zeros((num_rows, top_k), dtype=torch.int32, device=device),
+            forced_weights=torch.zeros((num_rows, top_k), dtype=torch.float32, device=device),
+        )
+        self.row_index = torch.full((num_layers, self.capacity), NO_ROW, dtype=torch.int32, device=device)
+        num_slots = config.route_table_slots + 1 if config.allow_overrides else 1
+        num_cells = config.route_table_cells if config.allow_overrides else 1
+        self._arena = Arena(num_cells)
+        self._cells = torch.full((num_cells,), NO_ROW, dtype=torch.int32, device=device)
+        self._slot_base = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
+        self._slot_listed = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._slot_prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._free_slots = list(range(num_slots - 1, _NO_PLAN_SLOT, -1))
+        self._blocks: dict[str, np.ndarray] = {}
+        self._resident: dict[str, _Resident] = {}
+
+        contents = self.compiler.policy_rows()
+        self._policy_row_of = np.full(num_layers, NO_ROW, np.int32)
+        for slot, content in enumerate(contents):
+            if content is not None:
+                self._policy_row_of[slot] = self._acquire([content])[0]
+        self.policy_rows = torch.from_numpy(self._policy_row_of).to(device)
+        self._has_policy = bool((self._policy_row_of != NO_ROW).any())
+        self._idle = False
+
+        pp_layers = _pipeline_layers(vllm_config)
+        self._bindings = bind_routers(model, self.shape, self, pp_layers)
+        self._local_slots = [slot for slot, layer in enumerate(self.shape.moe_layers) if layer in pp_layers]
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._capturing = False
+        if config.allow_overrides and self.state.always:
+            self._allocate_capture()
+        self._step: list[tuple[str, _Resident, int, int, int]] = []
+        self._progress: dict[str, StepProgress] = {}
+        self._fill_idle()
+        logger.info(
+            "Route control: %d MoE layers bound (%d here), %d experts, top %d, policy %s, overrides %s",
+            num_layers,
+            len(self._bindings),
+            self.shape.num_experts,
+            self.shape.top_k,
+            self.compiler.policy.digest if self.compiler.policy else "none",
+            "on" if config.allow_overrides else "off",
+        )
+
+    def _allocate_capture(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._captured is None:
+            size = (len(self.shape.moe_layers), self.capacity, self.shape.top_k)
+            self._captured = (
+                torch.full(size, -1, dtype=torch.int32, device=self.device),
+                torch.zeros(size, dtype=torch.float32, device=self.device),
+            )
+        return self._captured
+
+    def _upload(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
+        """A device copy of host values that does not stall the stream (the pinned buffer lives until the copy is done)."""
+        tensor = torch.as_tensor(np.ascontiguousarray(values)).to(dtype)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _acquire(self, contents: list[bytes]) -> list[int]:
+        ids, new = self._rows.acquire(contents)
+        if new:
+            contents = [contents[at] for at in new]
+            ints = np.frombuffer(b"".join(contents), "<i4").reshape(len(new), -1)
+            where = self._upload(np.array([ids[at] for at in new]), torch.int64)
+            words, top_k = self.compiler.layout.num_words, self.shape.top_k
+            for table, values in zip(
+                self.rows[:4],
+                (ints[:, 0], ints[:, 1 : 1 + words], ints[:, 1 + words : 1 + words + top_k], ints[:, 1 + words + top_k :].view("<f4")),
+                strict=True,
+            ):
+                table[where] = self._upload(values, table.dtype)
+        return ids
+
+    def update(self, scheduler_output: Any) -> None:
+        """Follow the scheduler: forget finished requests, take in new ones, note what this step computes."""
+        for req_id in scheduler_output.finished_req_ids:
+            self._forget(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            extra = params.extra_args if params is not None else None
+            if extra and (PLAN_KEY in extra or RETURN_ROUTES_KEY in extra) and new.req_id not in self._resident:
+                self._take_in(new.req_id, extra, new.prompt_len, new.num_computed_tokens)
+        self._step = []
+        if not self._resident:
+            return
+        computed = dict(
+            zip(
+                scheduler_output.scheduled_cached_reqs.req_ids,
+                scheduler_output.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
+        )
+        for new in scheduler_output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            resident = self._resident.get(req_id)
+            if resident is not None:
+                start = computed[req_id]
+                resident.start = min(resident.start, start)
+                resident.end = max(resident.end, start + num_tokens)
+                self._step.append((req_id, resident, start, num_tokens, 0))
+
+    def _take_in(self, req_id: str, extra: dict[str, Any], prompt_len: int, start: int) -> None:
+        text = extra.get(PLAN_KEY)
+        plan = self.compiler.compile_text(text) if text is not None else None
+        slot = _NO_PLAN_SLOT
+        if plan is not None:
+            slot = self._free_slots.pop()
+            row_of = np.array([*self._acquire(plan.rows), NO_ROW], np.int32)  # index NO_ROW is the last entry
+            block = np.where(plan.block == NO_ROW, self._policy_row_of[:, None], row_of[plan.block])
+            base, moved = self._arena.place(req_id, block.size)
+            self._blocks[req_id] = block
+            for other, new_base, _ in moved:
+                self._write_block(self._resident[other].slot, new_base, self._blocks[other])
+            self._write_block(slot, base, block)
+            self._slot_listed[slot] = plan.num_listed
+            self._slot_prompt_len[slot] = prompt_len
+        self._resident[req_id] = _Resident(slot, plan, bool(extra.get(RETURN_ROUTES_KEY)), prompt_len, start)
+
+    def _write_block(self, slot: int, base: int, block: np.ndarray) -> None:
+        self._cells[base : base + block.size] = self._upload(block.reshape(-1), torch.int32)
+        self._slot_base[slot] = base
+
+    def _forget(self, req_id: str) -> None:
+        resident = self._resident.pop(req_id, None)
+        if resident is not None and resident.plan is not None:
+            self._rows.release(resident.plan.rows)
+            self._arena.free(req_id)
+            del self._blocks[req_id]
+            self._slot_base[resident.slot] = -1
+            self._free_slots.append(resident.slot)
+
+    def begin_forward(self, req_ids: Sequence[str], query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
+        """Write the row of every token of the coming forward pass.
+
+        Args:
+            req_ids: requests in batch order.
+            query_start_loc: int32 [>= num_reqs + 1], on the device; request i has tokens [i] to [i + 1] (exclusive).
+            positions: int64 [num_tokens, padding included], on the device.
+
+        """
+        resident = self._resident
+        self._capturing = False
+        if not self._step:
+            self._fill_idle()
+            return
+        slots = np.fromiter(
+            (resident[req_id].slot if req_id in resident else _NO_PLAN_SLOT for req_id in req_ids), np.int32, len(req_ids)
+        )
+        if slots.any():
+            fill_row_index(
+                self.row_index,
+                self._upload(slots, torch.int32),
+                query_start_loc[: len(req_ids) + 1],
+                positions,
+                self._slot_base,
+                self._slot_listed,
+                self._slot_prompt_len,
+                self._cells,
+                self.policy_rows,
+            )
+            self._idle = False
+            self.state.active = True
+        else:
+            self._fill_idle()
+        if any(entry[1].wants_routes for entry in self._step):
+            self._capturing = self.state.active = True
+            self._allocate_capture()
+            first = dict(zip(req_ids, query_start_loc[: len(req_ids)].tolist(), strict=True))
+            self._step = [(name, item, start, num, first[name]) for name, item, start, num, _ in self._step]
+
+    def _fill_idle(self) -> None:
+        """No plan in this step: the policy's rows for all tokens, written only if something else stands there."""
+        if not self._idle:
+            self.row_index.copy_(self.policy_rows[:, None].expand_as(self.row_index))
+            self._idle = True
+        self.state.active = self._has_policy
+
+    def direct(
+        self,
+        slot: int,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        router_logits: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> None:
+        """Called by the bound router of MoE layer `slot` through the custom op; rewrites directed tokens in place."""
+        num_tokens = router_logits.shape[0]
+        assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
+        if self.state.always or not self._idle or self._policy_row_of[slot] != NO_ROW:
+            self._bindings[slot].direct(
+                topk_weights, topk_ids, router_logits, hidden_states, self.row_index[slot, :num_tokens], self.rows
+            )
+        if self._captured is not None and (self._capturing or self.state.always):
+            self._captured[0][slot, :num_tokens] = topk_ids
+            self._captured[1][slot, :num_tokens] = topk_weights
+
+    def end_forward(self) -> None:
+        """Note what the forward pass set, for `report`. Captured routes are copied to the host here."""
+        progress: dict[str, StepProgress] = {}
+        for req_id, resident, start, num_tokens, first in self._step:
+            entry = progress[req_id] = StepProgress(resident.num_set(), resident.start)
+            if resident.wants_routes and self._capturing:
+                ids, weights = self._allocate_capture()
+                entry.chunk_start = start
+                entry.route_ids = ids[:, first : first + num_tokens].transpose(0, 1).cpu().numpy().copy()
+                entry.route_weights = weights[:, first : first + num_tokens].transpose(0, 1).cpu().numpy().copy()
+        if self._capturing:
+            self._merge_pipeline(progress)
+        self._progress = progress
+
+    def _merge_pipeline(self, progress: dict[str, StepProgress]) -> None:
+        """Collect the routes of earlier pipeline ranks: each hands on what it has, the last rank reports."""
+        group = get_pp_group()
+        if group.world_size == 1:
+            return
+        if not group.is_first_rank:
+            for req_id, (slots, ids, weights) in group.recv_object(group.rank_in_group - 1).items():
+                entry = progress[req_id]
+                assert entry.route_ids is not None and entry.route_weights is not None
+                entry.route_ids[:, slots] = ids
+                entry.route_weights[:, slots] = weights
+        if not group.is_last_rank:
+            upto = list(range(self._local_slots[-1] + 1)) if self._local_slots else []
+            hand_on = {
+                req_id: (upto, entry.route_ids[:, upto], entry.route_weights[:, upto])
+                for req_id, entry in progress.items()
+                if entry.route_ids is not None and entry.route_weights is not None
+            }
+            group.send_object(hand_on, group.rank_in_group + 1)
+
+    def report(self, output: Any) -> Any:
+        """Hang this step's progress on the model runner's output, at once or when an asynchronous output is ready."""
+        progress = self._progress
+        if output is None or not progress:
+            return output
+        self._progress = {}
+        if hasattr(output, "get_output"):
+            get_output = output.get_output
+
+            def get_output_with_progress() -> Any:
+                ready = get_output()
+                setattr(ready, PROGRESS_ATTRIBUTE, progress)
+                return ready
+
+            output.get_output = get_output_with_progress
+        else:
+            setattr(output, PROGRESS_ATTRIBUTE, progress)
+        return output
+
+
+def _max_padded_tokens(vllm_config: Any) -> int:
+    """Most tokens that one forward pass can have, padding included."""
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    captured = max(compilation.cudagraph_capture_sizes or [0])
+    most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, captured)
+    tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
+    return -(-most // tensor_parallel) * tensor_parallel
+
+
+def _pipeline_layers(vllm_config: Any) -> range:
+    """Decoder layers that this pipeline rank holds."""
+    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    return range(start, end)

@@ -1,0 +1,93 @@
+"""What comes back with a request that had a plan: which plan, under which policy, and how much of it was set.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RouteError
+
+# vLLM carries this dict from the engine to offline outputs and HTTP responses; our entry sits beside a connector's own.
+CARRIER = "kv_transfer_params"
+RECEIPT_KEY = "unsafe_routes"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proof of what ran.
+
+    Attributes:
+        plan: the plan's digest; None for a request that only asked for its routes.
+        policy: the digest of the policy that was active, or None.
+        routes_set: (layer, token) routes that the plan set while this request was computed. Tokens whose KV came from the
+            prefix cache were routed alike when they were computed, and are not counted again.
+        cached_tokens: leading positions whose KV this request did not compute.
+        route_ids: int32 [num_tokens, num_moe_layers, top_k], experts used, where `return_routes` was asked for; else None.
+        route_weights: float32, same shape, the weights used.
+
+    """
+
+    plan: str | None
+    policy: str | None
+    routes_set: int
+    cached_tokens: int
+    route_ids: npt.NDArray[np.int32] | None = None
+    route_weights: npt.NDArray[np.float32] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that travels: plain values, arrays as base64 of zlib-compressed little-endian bytes."""
+        document: dict[str, Any] = {
+            "plan": self.plan,
+            "policy": self.policy,
+            "routes_set": self.routes_set,
+            "cached_tokens": self.cached_tokens,
+        }
+        if self.route_ids is not None and self.route_weights is not None:
+            document["routes"] = {
+                "shape": list(self.route_ids.shape),
+                "ids": _pack(self.route_ids.astype("<i4")),
+                "weights": _pack(self.route_weights.astype("<f4")),
+            }
+        return document
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Receipt:
+        """Read what `to_dict` wrote."""
+        ids = weights = None
+        routes = document.get("routes")
+        if routes is not None:
+            shape = tuple(routes["shape"])
+            ids = np.frombuffer(zlib.decompress(base64.b64decode(routes["ids"])), "<i4").reshape(shape)
+            weights = np.frombuffer(zlib.decompress(base64.b64decode(routes["weights"])), "<f4").reshape(shape)
+        return cls(
+            document["plan"], document["policy"], document["routes_set"], document["cached_tokens"], ids, weights
+        )
+
+
+def _pack(array: npt.NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode("ascii")
+
+
+def receipt_of(output: Any) -> Receipt:
+    """The receipt of a finished request.
+
+    Args:
+        output: vLLM's `RequestOutput`, or a completion or chat completion as the `openai` client or JSON gives it.
+
+    Raises:
+        RouteError: the output carries none (no plan, not finished, or an engine without the plugin).
+
+    """
+    carrier = output.get(CARRIER) if isinstance(output, Mapping) else getattr(output, CARRIER, None)
+    if not isinstance(carrier, Mapping) or RECEIPT_KEY not in carrier:
+        raise RouteError("this output has no receipt: the request had no plan, is not finished, or the engine has no plugin")
+    return Receipt.from_dict(carrier[RECEIPT_KEY])

@@ -1,0 +1,125 @@
+"""What a plan must know of a model: which layers have experts, how many, and how many a token gets.
+
+Read from the Hugging Face config alone, so the front end can refuse a bad plan before the engine sees it. The worker
+compares it with the layers it really finds and stops the engine where they differ (`engine/router.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .errors import RouteError
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
+# Families whose own routing function gives weights only to the experts it selects itself (sparse mixer): native weights
+# for another selection do not exist.
+_NO_NATIVE_WEIGHTS = frozenset({"phimoe"})
+
+
+@dataclass(frozen=True, eq=True)
+class ModelShape:
+    """The MoE layers of one model.
+
+    Attributes:
+        model_type: the HF config's `model_type`.
+        num_hidden_layers: number of decoder layers, dense ones included.
+        hidden_size: width of the residual stream; only part of the fingerprint.
+        moe_layers: sorted 0-based decoder layer indices that have a router.
+        num_experts: routed experts of each MoE layer (shared experts are not counted).
+        top_k: experts that a token gets.
+        native_weights: whether the router can weigh a selection that is not its own.
+
+    """
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    native_weights: bool = field(default=True, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.moe_layers:
+            raise RouteError(f"model_type {self.model_type!r} has no MoE layer: there is nothing to route")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise RouteError(f"top_k {self.top_k} is out of range for {self.num_experts} experts (1-{self.num_experts})")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that two models share exactly when their routing has the same shape."""
+        facts = [self.model_type, self.num_hidden_layers, self.hidden_size, self.moe_layers, self.num_experts, self.top_k]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def slot_of_layer(self) -> Mapping[int, int]:
+        """Decoder layer index -> index among the MoE layers (the row of the row-index table)."""
+        return {layer: slot for slot, layer in enumerate(self.moe_layers)}
+
+    def describe_layers(self) -> str:
+        """The MoE layers as short text for messages: `0-15` or `1, 3, 5`."""
+        layers = self.moe_layers
+        if layers == tuple(range(layers[0], layers[-1] + 1)):
+            return f"{layers[0]}-{layers[-1]}"
+        return ", ".join(map(str, layers))
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> ModelShape:
+        """Read the shape from a Hugging Face config (an object with attributes, or a mapping).
+
+        Raises:
+            RouteError: the config names no experts, or a key has no meaning that is known here.
+
+        """
+
+        def get(name: str, default: Any = None) -> Any:
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            return default if value is None else value
+
+        def first(names: tuple[str, ...], meaning: str) -> int:
+            for name in names:
+                value = get(name)
+                if isinstance(value, int) and value > 0:
+                    return value
+            raise RouteError(
+                f"model_type {get('model_type')!r} is not an MoE model known here: its config has no {meaning} ({', '.join(names)})"
+            )
+
+        num_layers = int(get("num_hidden_layers", 0))
+        num_experts = first(_EXPERT_KEYS, "number of experts")
+        return cls(
+            model_type=str(get("model_type", "")),
+            num_hidden_layers=num_layers,
+            hidden_size=int(get("hidden_size", 0)),
+            moe_layers=tuple(layer for layer in range(num_layers) if _is_moe_layer(layer, get)),
+            num_experts=num_experts,
+            top_k=first(_TOP_K_KEYS, "number of experts per token"),
+            native_weights=get("model_type") not in _NO_NATIVE_WEIGHTS,
+        )
+
+
+def _is_moe_layer(layer: int, get: Any) -> bool:
+    """Whether a decoder layer has experts, by the config keys that the families use for it."""
+    explicit = get("moe_layers")
+    if explicit is not None:  # Llama-4
+        return layer in explicit
+    layer_types = get("mlp_layer_types")
+    if layer_types is not None:  # transformers 5 writes this for Qwen and GLM families
+        return layer_types[layer] != "dense"
+    if layer in (get("mlp_only_layers") or ()):  # Qwen2-MoE, Qwen3-MoE
+        return False
+    step = get("interleave_moe_layer_step") or get("decoder_sparse_step") or 1
+    if (layer + 1) % step:
+        return False
+    if layer < int(get("first_k_dense_replace", 0)):  # DeepSeek, GLM-4-MoE
+        return False
+    frequency = get("moe_layer_freq", 1)
+    if isinstance(frequency, list | tuple):
+        return bool(frequency[layer])
+    return layer % int(frequency) == 0
