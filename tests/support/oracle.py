@@ -75,6 +75,8 @@ class Oracle:
         num_experts, kind = logits.shape[-1], config.model_type
         top_k = config.num_experts_per_tok
         allowed = sorted(set(range(num_experts)) - wish.disabled)
+        if wish.weights is not None:
+            return torch.tensor(wish.weights, dtype=torch.float64), wish.forced
         if kind == "phimoe":
             from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
@@ -118,6 +120,7 @@ class _Wish:
         self.native = native
         self.disabled: set[int] = set()
         self.forced: list[int] = []
+        self.weights: tuple[float, ...] | None = None
 
 
 def _read_wishes(plan: RoutePlan, num_tokens: int, prompt_len: int) -> dict[int, dict[int, _Wish]]:
@@ -135,7 +138,7 @@ def _read_wishes(plan: RoutePlan, num_tokens: int, prompt_len: int) -> dict[int,
             elif item.kind == "allow":
                 wish.disabled |= everything - set(item.experts)
             else:
-                wish.forced = list(item.experts)
+                wish.forced, wish.weights = list(item.experts), item.weights
     return wishes
 
 

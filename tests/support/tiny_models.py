@@ -24,13 +24,13 @@ _COMMON: dict[str, Any] = dict(
     pad_token_id=0,
     torch_dtype="float32",
 )
-_LATENT = dict(  # multi-head latent attention of the DeepSeek families
+_LATENT = dict(  # multi-head latent attention of the DeepSeek families; the CPU kernel knows one latent size, 512 + 64
     q_lora_rank=None,
-    kv_lora_rank=32,
+    kv_lora_rank=512,
     qk_nope_head_dim=32,
-    qk_rope_head_dim=32,
+    qk_rope_head_dim=64,
     v_head_dim=32,
-    head_dim=32,
+    head_dim=64,
     rope_theta=10000.0,
 )
 
@@ -160,6 +160,10 @@ def make_model(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Pa
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
+    if family == "phimoe":
+        # vLLM's own class goes by the checkpoint's original name; under transformers' name it would run transformers' code.
+        config_file = folder / "config.json"
+        config_file.write_text(config_file.read_text().replace("PhimoeForCausalLM", "PhiMoEForCausalLM"))
     return folder
 
 

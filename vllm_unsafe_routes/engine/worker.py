@@ -148,7 +148,7 @@ class RouteController:
 
     def _upload(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
         """A device copy of host values that does not stall the stream (the pinned buffer lives until the copy is done)."""
-        tensor = torch.as_tensor(np.ascontiguousarray(values)).to(dtype)
+        tensor = torch.from_numpy(np.array(values)).to(dtype)
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)

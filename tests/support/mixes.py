@@ -1,0 +1,35 @@
+"""Random plans of every kind, for any model."""
+
+from __future__ import annotations
+
+import random
+
+from vllm_unsafe_routes import ModelShape, RoutePlan
+
+
+def random_plan(rng: random.Random, shape: ModelShape, prompt_len: int) -> RoutePlan:
+    """One to four directives of every kind and span; always valid for a prompt of `prompt_len` tokens."""
+    native = shape.native_weights and rng.random() < 0.3
+    plan = RoutePlan(weights="native" if native else "masked", model=rng.choice([None, shape.fingerprint]))
+    experts, top_k = range(shape.num_experts), shape.top_k
+    for layer in rng.sample(shape.moe_layers, rng.randrange(1, len(shape.moe_layers) + 1)):
+        kind = rng.choice(["disable", "allow", "force", "force_all", "mixed", "weights"])
+        some = sorted(rng.sample(range(prompt_len), min(prompt_len, rng.randrange(1, 6))))
+        span = rng.choice(["prompt", "generated", "all", some])
+        if kind == "disable":
+            plan.disable(layer, span, rng.sample(experts, rng.randrange(1, shape.num_experts - top_k + 1)))
+        elif kind == "allow":
+            plan.allow(layer, span, rng.sample(experts, rng.randrange(top_k, shape.num_experts)))
+        elif kind == "force":
+            for position in some:
+                plan.force(layer, [position], rng.sample(experts, top_k))
+        elif kind == "force_all":
+            plan.force(layer, span, rng.sample(experts, top_k))
+        elif kind == "weights":
+            plan.force(layer, span, rng.sample(experts, top_k), [rng.uniform(0.05, 0.6) for _ in range(top_k)])
+        else:
+            banned = rng.sample(experts, 1)
+            plan.disable(layer, "all", banned)
+            left = [expert for expert in experts if expert not in banned]
+            plan.force(layer, some, rng.sample(left, top_k))
+    return plan
