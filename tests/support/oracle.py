@@ -76,7 +76,9 @@ class Oracle:
         top_k = config.num_experts_per_tok
         allowed = sorted(set(range(num_experts)) - wish.disabled)
         if wish.weights is not None:
-            return torch.tensor(wish.weights, dtype=torch.float64), wish.forced
+            # What the router hands on; these families scale the experts' sum afterwards.
+            scale = getattr(config, "routed_scaling_factor", None) or 1.0
+            return torch.tensor(wish.weights, dtype=torch.float64) * scale, wish.forced
         if kind == "phimoe":
             from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
