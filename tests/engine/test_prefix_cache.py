@@ -1,0 +1,86 @@
+"""Cached KV blocks are shared exactly where tokens, plan and policy agree up to the block's end."""
+
+import random
+
+import pytest
+from engines import BLOCK_SIZE, chosen_logprobs, engine, generate, random_prompt
+from tiny_models import VOCAB_SIZE
+
+from vllm_unsafe_routes import RoutePlan
+
+NUM_BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model):
+    with engine(tiny_model("olmoe"), {"allow_overrides": True}, enable_prefix_caching=True) as llm:
+        yield llm
+
+
+@pytest.fixture
+def prompt(request):
+    return random_prompt(random.Random(request.node.name), NUM_BLOCKS * BLOCK_SIZE + 7, VOCAB_SIZE)
+
+
+def run(llm, prompt, *plans):
+    """One after another, so that each can reuse what the one before has cached."""
+    outputs = [generate(llm, [prompt], [plan and plan.extra_args()])[0] for plan in plans]
+    return outputs, [output.num_cached_tokens for output in outputs]
+
+
+def base_plan(position):
+    return RoutePlan().force(0, [2], [0, 1, 2, 3]).force(1, [position], [4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("position", [0, 31, 32, 40, 100, 159])
+def test_candidates_reuse_every_full_block_before_their_difference(llm, prompt, position):
+    candidates = [base_plan(5).force(2, [position], [k, k + 4, k + 8, k + 9]) for k in range(4)]
+    _, cached = run(llm, prompt, *candidates)
+    shared = position // BLOCK_SIZE * BLOCK_SIZE
+    assert cached == [0, shared, shared, shared]
+    _, again = run(llm, prompt, candidates[2])
+    assert again == [NUM_BLOCKS * BLOCK_SIZE]
+
+
+def test_a_clean_request_after_a_planned_one_is_clean(llm, prompt):
+    plan = RoutePlan().disable(0, "prompt", [0, 1, 2, 3, 4, 5]).disable(1, "prompt", [8, 9, 10, 11])
+    (planned, clean, clean_again, planned_again), cached = run(llm, prompt, plan, None, None, plan)
+    full = NUM_BLOCKS * BLOCK_SIZE
+    assert cached == [0, 0, full, full]
+    assert chosen_logprobs(clean) == pytest.approx(chosen_logprobs(clean_again), abs=1e-5)
+    assert chosen_logprobs(planned) == pytest.approx(chosen_logprobs(planned_again), abs=1e-5)
+    assert chosen_logprobs(planned) != pytest.approx(chosen_logprobs(clean), abs=1e-3)
+
+
+def test_plans_that_say_the_same_share_and_weight_modes_do_not(llm, prompt):
+    one = RoutePlan().disable(0, [70], [1, 2]).disable(0, [70], [3])
+    other = RoutePlan().disable(0, [70], [3, 2, 1])
+    native = RoutePlan(weights="native").disable(0, [70], [1, 2, 3])
+    _, cached = run(llm, prompt, one, other, native)
+    assert cached == [0, NUM_BLOCKS * BLOCK_SIZE, 64]
+
+
+def test_generated_tokens_of_a_plan_are_not_a_clean_prefix(llm, prompt):
+    """A plan on generated tokens: their blocks must not serve a prompt that holds the same tokens."""
+    plan = RoutePlan().disable(1, "generated", [0, 1, 2, 3, 4, 5, 6])
+    first = generate(llm, [prompt], [plan.extra_args()], max_tokens=64)[0]
+    longer = prompt + list(first.outputs[0].token_ids)
+    clean, reused = generate(llm, [longer], [None])[0], len(prompt) // BLOCK_SIZE * BLOCK_SIZE
+    assert clean.num_cached_tokens == reused
+    same = generate(llm, [prompt], [plan.extra_args()], max_tokens=64)[0]
+    assert same.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_a_policy_separates_engines_that_share_a_cache():
+    """Blocks of another policy never match: its digest is in the first block's key, and so in the whole chain."""
+    import types
+
+    from vllm_unsafe_routes.engine.cache import CONTEXT_ATTRIBUTE, RouteContext, route_extra_keys
+
+    def keys(policy, start):
+        request = types.SimpleNamespace(request_id="r", num_prompt_tokens=64)
+        setattr(request, CONTEXT_ATTRIBUTE, RouteContext(None, False, policy))
+        return route_extra_keys(request, start, start + 32)
+
+    assert keys("a", 0) != keys("b", 0) != keys(None, 0) == ()
+    assert keys("a", 32) == ()
