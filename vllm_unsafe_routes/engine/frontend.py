@@ -18,7 +18,7 @@ _ENABLE_HELP = "start the server with --enable-route-overrides, or the engine wi
 _TRUE, _FALSE = (True, 1, "true", "True", "1"), (False, 0, None, "false", "False", "0")
 
 
-class RouteRequestError(RouteError, VLLMValidationError):
+class RouteRequestError(VLLMValidationError, RouteError):
     """A request's plan is refused; vLLM's server answers 400 with the message."""
 
 
