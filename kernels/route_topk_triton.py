@@ -140,21 +140,22 @@ def _route_topk_kernel(
         NUM_WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
         directed = row >= 0
         at = tl.maximum(row, 0).to(tl.int64)
-        flags = tl.load(flags_ptr + at, mask=directed, other=0)
+        # Row 0 always exists, so loads need no mask; a token without a directive ignores what they bring.
+        flags = tl.where(directed, tl.load(flags_ptr + at), 0)
         forced = (flags & _FORCED) != 0
         native = (flags & _NATIVE_WEIGHTS) != 0
         explicit = (flags & _EXPLICIT_WEIGHTS) != 0
         # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
-        words = tl.load(allowed_ptr + at * NUM_WORDS + lane // 32, mask=mask_lane & directed, other=-1)
-        allowed = mask_lane & (((words >> (lane % 32)) & 1) != 0)
+        words = tl.load(allowed_ptr + at * NUM_WORDS + lane // 32, mask=mask_lane, other=0)
+        allowed = mask_lane & ((((words >> (lane % 32)) & 1) != 0) | (row < 0))
         is_forced_lane = lane < 0
         for k in tl.static_range(TOP_K):
-            is_forced_lane |= lane == tl.load(forced_ids_ptr + at * TOP_K + k, mask=forced, other=-1)
+            is_forced_lane |= lane == tl.load(forced_ids_ptr + at * TOP_K + k)
         allowed = tl.where(forced, is_forced_lane, allowed)
         if HAS_SCORE_BIAS:
             wants_bias = (flags & _SCORE_BIAS) != 0
-            score_bias = tl.load(score_bias_ptr + at * NUM_EXPERTS + lane, mask=mask_lane & wants_bias, other=0.0)
-            biased = _finite(x + score_bias)
+            score_bias = tl.load(score_bias_ptr + at * NUM_EXPERTS + lane, mask=mask_lane, other=0.0)
+            biased = tl.where(wants_bias, _finite(x + score_bias), x)
 
     own = _score(biased, allowed, SCORING)
     choice = own
@@ -185,7 +186,7 @@ def _route_topk_kernel(
         is_real = best != _LOWEST_KEY
         if HAS_ROWS:
             is_real |= forced
-            pick = tl.where(forced, tl.load(forced_ids_ptr + at * TOP_K + k, mask=forced, other=0), pick)
+            pick = tl.where(forced, tl.load(forced_ids_ptr + at * TOP_K + k), pick)
         pick = tl.where(is_real, pick, first)
         if k == 0:
             first = pick
@@ -199,7 +200,7 @@ def _route_topk_kernel(
         weights = tl.where(total > 0, weights / total, 0.0)
     weights = weights * routed_scaling_factor
     if HAS_ROWS:
-        given = tl.load(forced_weights_ptr + at * TOP_K + offs_k, mask=mask_k & explicit, other=0.0)
+        given = tl.load(forced_weights_ptr + at * TOP_K + offs_k, mask=mask_k, other=0.0)
         weights = tl.where(explicit, given, weights)
     if HAS_PADDING:
         padding = tl.load(is_padding_ptr + token).to(tl.int1)

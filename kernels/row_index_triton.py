@@ -48,8 +48,9 @@ def _fill_row_index_kernel(
         mask = offs < end
         position = tl.load(positions_ptr + offs, mask=mask, other=0).to(tl.int32)
         column = tl.where(position < listed, position, tl.where(position < prompt_len, listed, listed + 1))
-        row = tl.load(block_ptr + column, mask=mask & (base >= 0), other=0)
-        tl.store(out_ptr + offs, tl.where(base >= 0, row, policy_row), mask=mask)
+        has_plan = tl.full([BLOCK], 0, tl.int64) + base >= 0
+        row = tl.load(block_ptr + column, mask=mask & has_plan, other=0)
+        tl.store(out_ptr + offs, tl.where(has_plan, row, policy_row), mask=mask)
 
 
 def launch(

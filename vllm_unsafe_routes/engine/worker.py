@@ -87,7 +87,8 @@ class RouteController:
 
         num_layers, layout = len(self.shape.moe_layers), self.compiler.layout
         num_rows = config.route_table_rows
-        self.capacity = _max_padded_tokens(vllm_config)
+        # A multiple of 16: a layer's slice of the row index is then as aligned as the whole, and Triton compiles one variant.
+        self.capacity = -(-_max_padded_tokens(vllm_config) // 16) * 16
         self._rows = RowStore(num_rows)
         words, top_k = layout.num_words, layout.top_k
         self.rows = RouteRows(
