@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import cast
@@ -196,6 +197,8 @@ class PlanCompiler:
         self._protected = [_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
         self._compiled: OrderedDict[tuple[str | None, tuple[int, ...]], CompiledPlan] = OrderedDict()
         self._remembered = 0
+        # An engine core compiles in its input thread and looks results up in its main thread.
+        self._lock = threading.RLock()
 
     def policy_rows(self) -> list[bytes | None]:
         """Per MoE layer the row of a token without a directive; None where the policy bans nothing."""
@@ -209,20 +212,21 @@ class PlanCompiler:
             RouteError: as `compile`, and for a delta that is cut off or forces what the plan forces already.
 
         """
-        key = (text, delta)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            self._compiled.move_to_end(key)
+        with self._lock:
+            key = (text, delta)
+            compiled = self._compiled.get(key)
+            if compiled is not None:
+                self._compiled.move_to_end(key)
+                return compiled
+            if delta:
+                compiled = self._extend(self.compile_text(text), delta)
+            else:
+                compiled = self.compile(parse_plan(text) if text is not None else RoutePlan())
+            self._compiled[key] = compiled
+            self._remembered += compiled.block.size
+            while len(self._compiled) > _REMEMBERED_PLANS or (self._remembered > _REMEMBERED_CELLS and len(self._compiled) > 1):
+                self._remembered -= self._compiled.popitem(last=False)[1].block.size
             return compiled
-        if delta:
-            compiled = self._extend(self.compile_text(text), delta)
-        else:
-            compiled = self.compile(parse_plan(text) if text is not None else RoutePlan())
-        self._compiled[key] = compiled
-        self._remembered += compiled.block.size
-        while len(self._compiled) > _REMEMBERED_PLANS or (self._remembered > _REMEMBERED_CELLS and len(self._compiled) > 1):
-            self._remembered -= self._compiled.popitem(last=False)[1].block.size
-        return compiled
 
     def _extend(self, base: CompiledPlan, delta: tuple[int, ...]) -> CompiledPlan:
         """`base` with the forces of `delta` on top."""

@@ -1,6 +1,7 @@
 """Plans against a model: refusals with field, value and limit; rows, blocks, cache keys and counts."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,3 +135,22 @@ def test_counts_and_keys_against_a_loop():
         same = all(effect(first, position) == effect(second, position) for position in span)
         assert (first.cache_key(start, end, prompt_len) == second.cache_key(start, end, prompt_len)) == same
         assert (first.cache_key(start, end, prompt_len) is None) == (count == 0)
+
+
+def test_threads_share_a_compiler(monkeypatch):
+    """An engine core's two threads look plans up in one compiler while old results make room for new ones."""
+    monkeypatch.setattr("vllm_unsafe_routes.compiled._REMEMBERED_PLANS", 2)
+    compiler = PlanCompiler(SHAPE)
+    texts = [RoutePlan().disable(2, "all", [expert]).to_string() for expert in range(8)]
+    deltas = [(2, position, 8, 9, 10, 11) for position in range(4)]
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(300):
+            text, delta = rng.choice(texts), rng.choice(deltas)
+            assert compiler.compile_text(text, delta).num_listed == delta[1] + 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, seed) for seed in range(4)]:
+            done.result()
+    assert compiler._remembered == sum(one.block.size for one in compiler._compiled.values())
