@@ -5,7 +5,7 @@ Every function is a search or a list of them, so that all prompts, attacks and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +13,14 @@ from .experiments import Bench, answer, fsour_record, mask_record
 from .extras import RouteExtras
 from .policy import RoutePolicy
 from .search.adaptive import Library
-from .search.backend import Call, Request, Search, Stats, run_tasks
+from .search.backend import Request, Search, Stats, run_tasks, with_notes
 from .search.fsour import FsourSettings
 from .search.masking import MaskSettings
-from .search.masks import Experts, rng_of
+from .search.masks import rng_of
 from .search.suffix import SuffixSettings, suffix_search
 from .workspace import Item, Model, Wrapper
 
-ROUTE_ATTACKS = ("random-masks", "random-layers", "rosais", "fsour", "fsour-adaptive")
-ATTACKS = ("none", *ROUTE_ATTACKS, "suffix", "suffix-transfer", "file")
+ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour", "fsour-adaptive", "suffix", "suffix-transfer", "file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,11 @@ def attack_search(
         return {**base, **judged}
     if attack in ("fsour", "fsour-adaptive"):
         strategy = "adaptive" if attack == "fsour-adaptive" else fsour.strategy
-        record = yield from _without_notes(fsour_record(bench, item, replace(fsour, seed=seed, strategy=strategy), library))
+        record = yield from with_notes(
+            fsour_record(bench, item, replace(fsour, seed=seed, strategy=strategy), library),
+            # A matrix cell is short: it starts again after a kill, so what a search has so far is not kept.
+            lambda value: None,
+        )
         kept = ("success", "score", "error", "attempts", "candidates", "computed_tokens", "tokens", "final", "prompt_tokens")
         return {**base, **{name: record[name] for name in kept if name in record}}
     if attack in ("rosais", "random-layers", "random-masks"):
@@ -120,20 +123,6 @@ def attack_search(
     return {**base, **judged, "suffix": list(suffix_words), "candidates": queries}
 
 
-def _without_notes(search: Search[dict[str, Any]]) -> Search[dict[str, Any]]:
-    """A matrix cell is short: it starts again after a kill, so its intermediate states are not kept."""
-    answers: list[Any] | None = None
-    while True:
-        try:
-            work = next(search) if answers is None else search.send(answers)
-        except StopIteration as end:
-            record: dict[str, Any] = end.value
-            return record
-        needed = [item for item in work if isinstance(item, Request | Call)]
-        got = iter((yield needed) if needed else [])
-        answers = [next(got) if isinstance(item, Request | Call) else None for item in work]
-
-
 def utility_record(bench: Bench, item: Item, kind: str) -> Search[dict[str, Any]]:
     """Whether a harmless prompt gets its answer. `success` of the judge means here that the answer is right."""
     judged = yield from answer(bench, item, None)
@@ -148,13 +137,12 @@ def utility_record(bench: Bench, item: Item, kind: str) -> Search[dict[str, Any]
     }
 
 
-def collect_routes(bench: Bench, items: Sequence[Item], with_target: bool = False) -> list[Any]:
+def collect_routes(bench: Bench, items: Sequence[Item]) -> list[Any]:
     """The model's own routes on prompts: int32 [num_tokens, num_moe_layers, top_k] each."""
 
     def one(item: Item) -> Search[Any]:
-        tokens = [*item.prompt.token_ids, *(item.prompt.target if with_target else ())]
-        (response,) = yield [Request(tokens, RouteExtras(wants_routes=True))]
-        return response.route_ids[: len(tokens)]
+        (response,) = yield [Request(item.prompt.token_ids, RouteExtras(wants_routes=True))]
+        return response.route_ids[: len(item.prompt.token_ids)]
 
     tasks = [(at, one(item)) for at, item in enumerate(items)]
     found = dict(run_tasks(bench.backend, tasks))
@@ -191,9 +179,3 @@ def measure(
         rows.setdefault("over_refusal" if kind == "category" else kind, []).append(float(bool(record[name])))
     means = {kind: sum(values) / len(values) for kind, values in rows.items()}
     return {**means, "tokens": float(stats.computed_tokens)}
-
-
-def protections_left(policy: RoutePolicy, bench: Bench) -> Mapping[int, int]:
-    """Layer -> how many experts of a route a request's plan may still choose there."""
-    experts = Experts(bench.backend.shape, policy)
-    return {layer: bench.backend.shape.top_k - len(experts.protected[layer]) for layer in bench.backend.shape.moe_layers}

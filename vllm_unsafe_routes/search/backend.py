@@ -92,7 +92,6 @@ class Note:
     value: Any
 
 
-Work = Request | Call | Note
 Search = Generator[list[Any], list[Any], T]
 
 
@@ -261,6 +260,27 @@ def run_tasks(
                 break
             for done, _ in answered:
                 in_flight.pop(done, None)
+
+
+def with_notes(search: Search[T], change: Callable[[Any], Any | None]) -> Search[T]:
+    """Pass a search through with its notes changed.
+
+    Args:
+        search: the search.
+        change: takes a note's value and returns the value that is kept instead; None: the note is dropped.
+
+    """
+    answers: list[Any] | None = None
+    while True:
+        try:
+            work = next(search) if answers is None else search.send(answers)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        values = {at: change(item.value) for at, item in enumerate(work) if isinstance(item, Note)}
+        passed = [Note(values[at]) if at in values else item for at, item in enumerate(work) if values.get(at, item) is not None]
+        got = iter((yield passed) if passed else [])
+        answers = [next(got) if values.get(at, item) is not None else None for at, item in enumerate(work)]
 
 
 def run_search(backend: Backend, search: Search[T], stats: Stats | None = None) -> T:

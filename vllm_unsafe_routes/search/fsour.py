@@ -24,7 +24,7 @@ from ..extras import RouteExtras
 from .adaptive import AdaptiveSettings, Library, adaptive_search
 from .attempt import Attempt, Route, attempt_from_record, attempt_record
 from .backend import Backend, Call, Note, Request, Response, Search
-from .masks import Experts, require_searchable, rng_of
+from .masks import Experts, rng_of
 from .rosais import Prompt
 from .scorer import check_length, joint, target_request
 
@@ -125,7 +125,6 @@ def fsour_attempt(
 
     """
     experts = Experts(backend.shape, backend.policy)
-    require_searchable(experts)
     room = max(len(prompt.target), settings.max_new_tokens)
     check_length(backend, len(prompt.token_ids) + room - 1, f"prompt {prompt.id} with target and answer")
     attempt, first_cell = Attempt(), 0

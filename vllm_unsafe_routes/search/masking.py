@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import RouteError
 from ..plan import RoutePlan
 from .backend import Backend, Response, Search
-from .masks import Experts, mask_plan, require_searchable, rng_of
+from .masks import Experts, mask_plan, rng_of
 from .rosais import AffirmativeScore, Prompt
 from .scorer import check_length
 
@@ -67,9 +67,9 @@ class MaskResult:
     masks: tuple[tuple[int, tuple[int, ...]], ...]
     candidates: int
 
-    def plan(self, settings: MaskSettings) -> RoutePlan:
-        """The masks as a plan."""
-        return mask_plan(self.masks, "all" if settings.while_decoding else "prompt")
+    def plan(self, settings: MaskSettings, level: int | None = None) -> RoutePlan:
+        """The masks, or the first `level` of them, as a plan."""
+        return mask_plan(self.masks[:level], "all" if settings.while_decoding else "prompt")
 
 
 def choose_layers(attack: str, ranking: Sequence[int], settings: MaskSettings, name: str) -> list[int]:
@@ -102,7 +102,6 @@ def mask_attack(
 
     """
     experts = Experts(backend.shape, backend.policy)
-    require_searchable(experts)
     name = prompts[0].id if len(prompts) == 1 else "dataset"
     scores = [AffirmativeScore(prompt, affirmative, settings.score) for prompt in prompts]
     for prompt, score in zip(prompts, scores, strict=True):

@@ -26,11 +26,13 @@ class Experts:
         shape: the model.
         policy: what the engine enforces; its disabled experts are never drawn, its protected ones are in every draw.
 
+    Raises:
+        RouteError: the policy's protected experts fill every route, so that there is nothing to search.
+
     """
 
     def __init__(self, shape: ModelShape, policy: RoutePolicy | None) -> None:
         self.shape = shape
-        self.policy = policy
         entries = policy.layers if policy is not None else {}
         self.protected = {layer: sorted(entries[layer].protected) if layer in entries else [] for layer in shape.moe_layers}
         self.free = {
@@ -43,6 +45,8 @@ class Experts:
         }
         # A layer whose protected experts fill every route has nothing to search.
         self.searchable = tuple(layer for layer in shape.moe_layers if len(self.protected[layer]) < shape.top_k)
+        if not self.searchable:
+            raise RouteError("the policy's protected experts fill every route: there is nothing to search")
 
     def draw(self, rng: np.random.Generator, layer: int) -> tuple[int, ...]:
         """A random set of top_k experts for a layer, sorted."""
@@ -62,9 +66,3 @@ def mask_plan(masks: Sequence[tuple[int, tuple[int, ...]]], positions: str, nati
     for layer, experts in masks:
         plan.force(layer, positions, experts)
     return plan
-
-
-def require_searchable(experts: Experts) -> None:
-    """Raise `RouteError` where the policy leaves nothing to search."""
-    if not experts.searchable:
-        raise RouteError("the policy's protected experts fill every route: there is nothing to search")

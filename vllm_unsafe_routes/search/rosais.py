@@ -17,7 +17,7 @@ from ..errors import RouteError
 from ..extras import RouteExtras
 from ..plan import RoutePlan
 from .backend import Backend, Request, Response, Search
-from .masks import Experts, mask_plan, require_searchable
+from .masks import Experts, mask_plan
 from .scorer import check_length, joint, next_token_request, target_request
 
 SCORES = ("next", "target")
@@ -140,7 +140,6 @@ def rosais(
 
     """
     experts = Experts(backend.shape, backend.policy)
-    require_searchable(experts)
     score = AffirmativeScore(prompt, affirmative, settings.score)
     clean_request = score.request()
     check_length(backend, len(clean_request.token_ids), f"prompt {prompt.id}")
@@ -183,11 +182,6 @@ def _replay(response: Response, backend: Backend, layer: int, num_tokens: int) -
         response.route_weights[:num_tokens, slots],
         layers=[backend.shape.moe_layers[slot] for slot in slots],
     )
-
-
-def mean_scores(results: Sequence[RosaisResult]) -> dict[int, float]:
-    """Mean RoSais of each layer over prompts, nats."""
-    return {layer: float(np.mean([result.scores[layer] for result in results])) for layer in results[0].gains}
 
 
 def dataset_scores(results: Sequence[RosaisResult]) -> dict[int, float]:
