@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .campaign import Campaign, CampaignError, CleanStop, Progress
@@ -17,9 +18,9 @@ from .extras import RouteExtras
 from .plan import RoutePlan
 from .search.adaptive import Library
 from .search.attempt import Attempt, attempt_from_record, attempt_record
-from .search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks
+from .search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks, with_notes
 from .search.fsour import FsourSettings, fsour_attempt
-from .search.masking import MaskSettings, choose_layers, mask_attack
+from .search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
 from .search.rosais import RosaisSettings, rosais
 from .workspace import Item, Model
 
@@ -103,44 +104,52 @@ def mask_record(
     )
     answers = {}
     for level in levels:
-        plan = RoutePlan()
-        for layer, experts in found.masks[:level]:
-            plan.force(layer, "all" if settings.while_decoding else "prompt", experts)
-        answers[str(level)] = yield from answer(bench, item, plan)
+        answers[str(level)] = yield from answer(bench, item, found.plan(settings, level))
     return {
         "type": "mask",
         "attack": attack,
         "prompt": item.prompt.id,
         "category": item.record.category,
-        "seed": settings.seed,
-        "clean": round(found.clean, 3),
-        "masked": round(found.masked, 3),
-        "masks": [[layer, list(experts)] for layer, experts in found.masks],
-        "candidates": found.candidates,
+        **_masks_record(found, settings),
         "answers": answers,
     }
 
 
-def dataset_mask_records(
-    bench: Bench, search_items: Sequence[Item], items: Sequence[Item], layers: Sequence[int], settings: MaskSettings, level: int
-) -> Search[dict[str, Any]]:
-    """Dataset-level router masking: one set of masks chosen on `search_items`, answered on `items`."""
-    found = yield from mask_attack(
-        bench.backend, [item.prompt for item in search_items], bench.model.affirmative_token_ids, layers, settings
-    )
-    plan = found.plan(settings)
-    answers = {}
-    for item in items:
-        answers[item.prompt.id] = yield from answer(bench, item, plan)
+def _masks_record(found: MaskResult, settings: MaskSettings) -> dict[str, Any]:
     return {
-        "type": "dataset-mask",
-        "attack": "rosais-dataset",
-        "level": level,
         "seed": settings.seed,
         "clean": round(found.clean, 3),
         "masked": round(found.masked, 3),
         "masks": [[layer, list(experts)] for layer, experts in found.masks],
         "candidates": found.candidates,
+    }
+
+
+def dataset_mask_record(
+    bench: Bench,
+    search_items: Sequence[Item],
+    items: Sequence[Item],
+    attack: str,
+    ranking: Sequence[int],
+    settings: MaskSettings,
+) -> Search[dict[str, Any]]:
+    """Dataset-level router masking: one set of masks for all prompts, chosen on `search_items`, answered on `items`."""
+    found = yield from mask_attack(
+        bench.backend,
+        [item.prompt for item in search_items],
+        bench.model.affirmative_token_ids,
+        choose_layers(attack, ranking, settings, "dataset"),
+        settings,
+        num_masks=1 if attack == "random-masks" else None,
+    )
+    answers = {}
+    for item in items:
+        answers[item.prompt.id] = yield from answer(bench, item, found.plan(settings))
+    return {
+        "type": "dataset-mask",
+        "attack": f"{attack}-dataset",
+        "level": settings.num_layers,
+        **_masks_record(found, settings),
         "answers": answers,
     }
 
@@ -162,7 +171,7 @@ def fsour_record(
             steps[record["number"]] = record
     for number in range(settings.num_attempts):
         if number not in attempts:
-            attempt = yield from _numbered(
+            attempt = yield from with_notes(
                 fsour_attempt(
                     bench.backend,
                     item.prompt,
@@ -173,7 +182,7 @@ def fsour_record(
                     library,
                     steps.get(number),
                 ),
-                number,
+                partial(_step, number),
             )
             judged = bench.verdict_record(attempt.verdict, attempt.answer)
             kept = {"type": "attempt", "number": number, "attempt": attempt_record(attempt), "answer": judged}
@@ -200,18 +209,9 @@ def fsour_record(
     }
 
 
-def _numbered(search: Search[Attempt], number: int) -> Search[Attempt]:
-    """Pass a search through; its notes become `step` records of attempt `number`."""
-    answers: list[Any] | None = None
-    while True:
-        try:
-            work = next(search) if answers is None else search.send(answers)
-        except StopIteration as end:
-            attempt: Attempt = end.value
-            return attempt
-        answers = yield [
-            Note({"type": "step", "number": number, **item.value}) if isinstance(item, Note) else item for item in work
-        ]
+def _step(number: int, value: Mapping[str, Any]) -> dict[str, Any]:
+    """A note of attempt `number` as a record."""
+    return {"type": "step", "number": number, **value}
 
 
 Job = tuple[tuple[Any, ...], Callable[[list[dict[str, Any]]], Search[dict[str, Any]]]]

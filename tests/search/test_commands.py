@@ -173,13 +173,24 @@ def test_rosais_then_masks_then_fsour(capsys, tmp_path, shared_engine):
     status, out, err = run(capsys, *attack)
     assert status == 0, err
     asr = json.loads((masked / "summary.json").read_text())["asr"]
-    names = ["none", *(f"{name}/{level}" for name in ("rosais", "random-layers", "random-masks") for level in (1, 2))]
+    names_of_masking = ("rosais", "random-layers", "random-masks")
+    names = ["none", *(f"{name}/{level}" for name in names_of_masking for level in (1, 2))]
     assert sorted(asr) == sorted(names)
     for entry in asr.values():
         assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1 and entry["prompts"] == 3 and entry["errors"] == 0
     digest = (masked / "records.jsonl").read_bytes()
     status, again, _ = run(capsys, *attack)
     assert status == 0 and again == out and (masked / "records.jsonl").read_bytes() == digest
+
+    # Dataset level: the masks are chosen on other prompts, and every prompt answers under the same ones.
+    dataset = [*attack[:-1], tmp_path / "dataset", "--chosen-on", "lab:search", "--chosen-limit", 2]
+    status, out, err = run(capsys, *dataset)
+    assert status == 0, err
+    asr = json.loads((tmp_path / "dataset" / "summary.json").read_text())["asr"]
+    assert sorted(asr) == sorted(["none", *(f"{name}-dataset/{level}" for name in names_of_masking for level in (1, 2))])
+    records = [record for record in results(tmp_path / "dataset").values() if record["type"] == "dataset-mask"]
+    assert len(records) == 3 * 2 * 2 and all(len(record["answers"]) == 3 for record in records)
+    assert all(len(record["masks"]) == record["level"] for record in records)
 
     artifact = tmp_path / "artifact.json"
     small = {"limit": 3, "strategy": "adaptive", "library_prompts": 1, "adaptive_max_candidates": 60}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..campaign import Campaign, read_records
+from ..evaluation.datasets import prompts_digest
 from ..evaluation.statistics import Outcomes, attack_success_rate
-from ..experiments import VOLATILE, mask_record, plain_record, run_jobs
+from ..experiments import VOLATILE, dataset_mask_record, mask_record, plain_record, run_jobs
 from ..search.masking import ATTACKS, MaskSettings
+from ..workspace import read_prompts
 from .options import Workspace, add_data_options, add_judge_options, add_model_options, numbers_of
 from .rosais import finished_run
 from .rosais import summarise as summarise_rosais
@@ -37,6 +39,12 @@ def add(commands: Any) -> None:
     )
     group.add_argument("--layers", default="1,2,5", help="numbers of masked layers L (default: 1,2,5)")
     group.add_argument("--masks", type=int, default=100, help="S2, masks tried at each layer (default: 100)")
+    group.add_argument(
+        "--chosen-on",
+        metavar="PROMPTS",
+        help="dataset level: one set of masks for all prompts, chosen on these (same format as --data, other prompts)",
+    )
+    group.add_argument("--chosen-limit", type=int, default=24, help="prompts that --chosen-on draws (default: 24)")
     group.add_argument("--attack", action="append", choices=ATTACKS, help="only these; may be repeated (default: all)")
     group.add_argument("--alone", action="store_true", help="search each layer without the masks chosen before it")
     group.add_argument("--prompt-only", action="store_true", help="masks hold for prompt tokens only, not while decoding")
@@ -64,21 +72,38 @@ def run(args: argparse.Namespace) -> int:
         for seed in workspace.seeds
     ]
     own = {name: value for name, value in asdict(settings[0]).items() if name not in ("seed", "num_layers")}
+    chosen_on = read_prompts(args.chosen_on, args.chosen_limit) if args.chosen_on else []
+    # Other prompts may have the same ids.
+    search_items = workspace.render([replace(record, id=f"chosen-on:{record.id}") for record in chosen_on])
+    own |= {"chosen_on": prompts_digest(chosen_on) if chosen_on else None}
     own |= {"levels": levels, "attacks": attacks, "ranking": ranking, "max_new_tokens": args.max_new_tokens}
     with Campaign(args.out, workspace.settings("mask-attack", **own), volatile=VOLATILE) as campaign:
         with workspace.bench() as bench:
             jobs: list[Any] = [
                 (("none", item.prompt.id), lambda _, item=item: plain_record(bench, item)) for item in workspace.items
             ]
-            jobs += [
-                (
-                    (attack, one.seed, item.prompt.id),
-                    lambda _, item=item, one=one, attack=attack: mask_record(bench, item, attack, ranking, one, levels),
-                )
-                for attack in attacks
-                for one in settings
-                for item in workspace.items
-            ]
+            if search_items:
+                jobs += [
+                    (
+                        (f"{attack}-dataset", one.seed, level),
+                        lambda _, one=one, level=level, attack=attack: dataset_mask_record(
+                            bench, search_items, workspace.items, attack, ranking, replace(one, num_layers=level)
+                        ),
+                    )
+                    for attack in attacks
+                    for one in settings
+                    for level in levels
+                ]
+            else:
+                jobs += [
+                    (
+                        (attack, one.seed, item.prompt.id),
+                        lambda _, item=item, one=one, attack=attack: mask_record(bench, item, attack, ranking, one, levels),
+                    )
+                    for attack in attacks
+                    for one in settings
+                    for item in workspace.items
+                ]
             run_jobs(campaign, bench.backend, jobs, label="router masking", concurrency=args.concurrency)
         summary = summarise(campaign.records())
         campaign.finish(summary)
@@ -95,6 +120,9 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         elif record["type"] == "mask":
             for level, judged in record["answers"].items():
                 rows.setdefault(f"{record['attack']}/{level}", []).append((record["prompt"], record["seed"], judged["success"]))
+        elif record["type"] == "dataset-mask":
+            for prompt, judged in record["answers"].items():
+                rows.setdefault(f"{record['attack']}/{record['level']}", []).append((prompt, record["seed"], judged["success"]))
     return {"asr": {name: interval_record(rows[name]) for name in rows}}
 
 

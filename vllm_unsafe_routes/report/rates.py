@@ -19,6 +19,8 @@ NAMES = {
     "random-masks": "random masks",
     "random-layers": "random layers",
     "rosais": "RoSais masking",
+    "random-masks-dataset": "random masks, one route for all",
+    "random-layers-dataset": "random layers, one route for all",
     "rosais-dataset": "RoSais masking, one route for all",
     "fsour-paper": "F-SOUR, paper",
     "fsour-code": "F-SOUR, published code",
