@@ -5,7 +5,7 @@ Every function is a search or a list of them, so that all prompts, attacks and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def attack_search(
     suffix: SuffixSettings,
     library: Library | None = None,
     words: Sequence[str] = (),
-    found_suffix: Sequence[str] | None = None,
+    found_suffixes: Mapping[tuple[int, str], Sequence[str]] | None = None,
 ) -> Search[dict[str, Any]]:
     """One attack on one prompt, as a record with `success` and what it cost.
 
@@ -82,7 +82,7 @@ def attack_search(
         suffix: settings of the suffix search.
         library: for the adaptive strategy.
         words: what suffixes are made of.
-        found_suffix: for `suffix-transfer`, the suffix found on the undefended model.
+        found_suffixes: for `suffix-transfer`, (seed, prompt id) -> the suffix found on the undefended model.
 
     """
     base = {"attack": attack, "prompt": item.prompt.id, "category": item.record.category, "seed": seed}
@@ -104,7 +104,7 @@ def attack_search(
         judged = record["answers"][str(settings.num_layers)]
         return {**base, **judged, "candidates": record["candidates"], "masks": record["masks"]}
     if attack == "suffix-transfer":
-        suffix_words: Sequence[str] = found_suffix or ()
+        suffix_words: Sequence[str] = (found_suffixes or {}).get((seed, item.prompt.id), ())
         queries = 0
     else:
         found = yield from suffix_search(

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..campaign import Campaign, read_records, read_settings
-from ..defence import collect_routes, measure, words_of
+from ..defence import attack_search, collect_routes, measure, words_of
 from ..errors import RouteError
 from ..experiments import VOLATILE, Bench
 from ..policy import RoutePolicy
 from ..search import rules
+from ..search.backend import Request, Search, run_tasks
+from ..search.greedy import Example, GreedySettings, greedy_bans
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
 from ..search.under_policy import PolicyBackend
-from ..workspace import LAB, NO_WRAPPER, Item, judge_of, read_prompts
+from ..workspace import NO_WRAPPER, Item, judge_of
 from .fsour import add_fsour_options, fsour_settings
-from .options import Workspace, add_data_options, add_judge_options, add_model_options, numbers_of
+from .options import (
+    Workspace,
+    add_data_options,
+    add_judge_options,
+    add_model_options,
+    add_utility_options,
+    numbers_of,
+    utility_prompts,
+)
 from .rosais import summarise as summarise_rosais
 
-_DERIVED = ("dataset-route", "lift", "effect", "contrast", "protect")
+_RULES = rules.PROTECT_RULES + rules.BAN_RULES
 
 
 def add(commands: Any) -> None:
@@ -44,15 +54,20 @@ def add(commands: Any) -> None:
     add_data_options(parser)
     add_judge_options(parser)
     group = parser.add_argument_group("policy")
-    group.add_argument("--rule", action="append", choices=_DERIVED, help="rules to try (default: all that the runs allow)")
+    group.add_argument("--rule", action="append", choices=_RULES, help="rules to try (default: all that the runs allow)")
     group.add_argument("--layers", type=int, default=5, help="top RoSais layers that the policy may touch (default: 5)")
     group.add_argument("--bans", default="2,4,6", help="bans a layer to try (default: 2,4,6)")
+    group.add_argument("--greedy-bans", default="4,8,12,16,20", help="rule greedy: bans in all to try (default: 4,8,12,16,20)")
+    group.add_argument(
+        "--greedy-weights",
+        default="1,5",
+        help="rule greedy: nats of attack score that a nat of harmless answers must be worth (default: 1,5)",
+    )
+    group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2", help="protected experts a layer to try, below top_k (default: 1,2)")
     group.add_argument("--budget", type=float, default=0.98, help="share of benign prompts that must stay right (default: 0.98)")
     group.add_argument("--over-refusal", type=float, default=0.02, help="most that over-refusal may rise (default: 0.02)")
-    group.add_argument("--benign", help="benign prompts, same format as --data (lab model: lab:tune:benign)")
-    group.add_argument("--benign-like", help="harmless prompts that look forbidden (lab: lab:tune:category)")
-    group.add_argument("--utility-limit", type=int, default=48, help="prompts of each of the two (default: 48)")
+    add_utility_options(group, "tune")
     group.add_argument("--no-suffix", action="store_true", help="choose by F-SOUR alone, without replayed suffixes")
     group.add_argument("--keep", type=int, default=2, help="best ban and protect candidates that are combined (default: 2)")
     add_fsour_options(parser)
@@ -73,19 +88,18 @@ def run(args: argparse.Namespace) -> int:
     scored = [record for record in records if record["type"] == "rosais"]
     ranking = summarise_rosais(scored)["ranking"] if scored else list(shape.moe_layers)
     layers = ranking[: args.layers]
-    is_lab = args.model == LAB or str(args.data).startswith("lab:")
-    utility = {
-        kind: [replace(one, id=f"{kind}:{one.id}") for one in read_prompts(source, args.utility_limit)] if source else []
-        for kind, source in (
-            ("benign", args.benign or ("lab:tune:benign" if is_lab else None)),
-            ("category", args.benign_like or ("lab:tune:category" if is_lab else None)),
-        )
-    }
+    utility = utility_prompts(args, "tune")
     if not utility["benign"]:
         raise RouteError("a utility budget needs benign prompts: give --benign")
-    has = {record["type"] for record in records}
-    available = [rule for rule in _DERIVED if rules.NEEDS[rule] == "routes" or rules.NEEDS[rule] in has]
-    wanted = args.rule or [rule for rule in available if rule != "dataset-route" or _shares_masks(scored)]
+    has = {None, *(record["type"] for record in records)}
+    available = [rule for rule in _RULES if rules.NEEDS.get(rule) in has]
+    unshared = not rules.share_masks(rules.of_first_seed(scored))
+    # In the order of `_RULES`: greedy bans leave alone what is protected.
+    wanted = [rule for rule in _RULES if rule in (args.rule or available)]
+    if not args.rule:
+        wanted = [
+            rule for rule in wanted if not (rule == "dataset-route" and unshared) and not (rule == "greedy" and args.no_suffix)
+        ]
     own = {
         "runs": [str(folder) for folder in args.runs],
         "rules": wanted,
@@ -95,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
         "budget": args.budget,
         "over_refusal": args.over_refusal,
         "suffix": not args.no_suffix,
+        "suffixes": args.suffixes,
+        "greedy_bans": numbers_of(args.greedy_bans, "--greedy-bans"),
+        "greedy_weights": numbers_of(args.greedy_weights, "--greedy-weights"),
         "keep": args.keep,
         "fsour": str(fsour_settings(args, 0)),
         "utility": {kind: len(one) for kind, one in utility.items()},
@@ -105,11 +122,6 @@ def run(args: argparse.Namespace) -> int:
             best = deriver.derive(wanted, records, own)
         campaign.finish({"policy": best["name"], "measured": best["measured"], "undefended": deriver.undefended})
     return 0
-
-
-def _shares_masks(scored: Sequence[Mapping[str, Any]]) -> bool:
-    first = [record for record in scored if record["seed"] == scored[0]["seed"]] if scored else []
-    return bool(first) and all(record["masks"] == first[0]["masks"] for record in first)
 
 
 class _Deriver:
@@ -147,6 +159,8 @@ class _Deriver:
             "fsour": fsour_settings(args, 0),
             "suffix": SuffixSettings(),
         }
+        # One seed for each of a prompt's suffixes.
+        self.suffix_seeds = [seed + 1000 * number for seed in workspace.seeds for number in range(args.suffixes)]
         self.suffixes: dict[tuple[int, str], list[str]] = {}
         # Those that made the undefended model comply.
         self.opening: set[tuple[int, str]] = set()
@@ -158,9 +172,12 @@ class _Deriver:
             self._find_suffixes()
         self.undefended = self._measure("none", RoutePolicy({}))["measured"]
         print(f"undefended: {show(self.undefended)}", flush=True)
-        bans: list[dict[str, Any]] = []
         protections: list[dict[str, Any]] = []
+        bans: list[dict[str, Any]] = []
         for rule in wanted:
+            if rule == "greedy":
+                bans += self._greedy(own, next(iter(self._best(protections)), None))
+                continue
             choices = self._choices(rule, records)
             is_ban = rule in rules.BAN_RULES
             for size in own["bans" if is_ban else "protections"]:
@@ -203,30 +220,88 @@ class _Deriver:
         return rules.ranked({layer: answered[layer] - own[layer] for layer in own})
 
     def _keys(self, item: Item) -> list[tuple[int, str]]:
-        return [(seed, item.prompt.id) for seed in self.workspace.seeds]
+        return [(seed, item.prompt.id) for seed in self.suffix_seeds]
 
     def _with_suffix(self, item: Item, key: tuple[int, str]) -> Item:
         text = " ".join([item.record.goal, *self.suffixes[key]])
         return replace(item, prompt=replace(item.prompt, token_ids=self.workspace.model.encode_chat(text)))
 
+    def _kept(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record under a key, made now if an earlier run did not."""
+        if not self.campaign.done(key):
+            self.campaign.append(key, make())
+        return next(record for record in self.campaign.records() if record["key"] == key)
+
     def _find_suffixes(self) -> None:
         """Suffixes on the undefended model, replayed under every candidate."""
-        if not self.campaign.done("suffixes"):
-            from ..defence import attack_search
-            from ..search.backend import run_tasks
 
+        def find() -> dict[str, Any]:
             words = words_of(self.workspace.model)
             tasks = [
                 ((seed, item.prompt.id), attack_search("suffix", self.bench, item, seed, words=words, **self.settings))
-                for seed in self.workspace.seeds
+                for seed in self.suffix_seeds
                 for item in self.items
             ]
             found = dict(run_tasks(self.bench.backend, tasks))
-            rows = [[*key, found[key]["suffix"], bool(found[key]["success"])] for key in sorted(found)]
-            self.campaign.append("suffixes", {"type": "suffixes", "found": rows})
-        record = next(one for one in self.campaign.records() if one["key"] == "suffixes")
+            return {
+                "type": "suffixes",
+                "found": [[*key, found[key]["suffix"], bool(found[key]["success"])] for key in sorted(found)],
+            }
+
+        record = self._kept("suffixes", find)
         self.suffixes = {(seed, prompt): suffix for seed, prompt, suffix, _ in record["found"]}
         self.opening = {(seed, prompt) for seed, prompt, _, success in record["found"] if success}
+
+    def _greedy(self, own: Mapping[str, Any], protection: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """Candidates of the rule greedy: the first bans of each path, by size; protected experts are left alone."""
+        opened = [
+            Example(self._with_suffix(item, key).prompt.token_ids, item.prompt.target)
+            for item in self.items
+            for key in self._keys(item)
+            if key in self.opening
+        ]
+        if not opened:
+            print("greedy: no suffix opened a prompt, so there is nothing to close", flush=True)
+            return []
+        answers = self._kept("answers", self._own_answers)["answers"]
+        harmless = [
+            Example(item.prompt.token_ids, tuple(answers[item.prompt.id]))
+            for item in [*self.extra["benign"], *self.extra["category"]]
+            if answers[item.prompt.id]
+        ]
+        protected = protection["protections"] if protection is not None else {}
+        pinned = {(layer, expert) for layer, experts in protected.items() for expert in experts}
+        tried = []
+        for weight in own["greedy_weights"]:
+            settings = GreedySettings(max_bans=max(own["greedy_bans"]), budget=self.args.budget, utility_weight=weight)
+            so_far = [record for record in self.campaign.records() if record["type"] == "addition" and record["weight"] == weight]
+            search = greedy_bans(self.bench.backend, opened, harmless, self.layers, settings, pinned, so_far)
+
+            def note(_: Any, value: Mapping[str, Any], weight: int = weight) -> None:
+                self.campaign.append((f"greedy {weight}", value["at"]), {**value, "weight": weight})
+
+            ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
+            for size in own["greedy_bans"]:
+                if size <= len(added):
+                    chosen = rules.take(added[:size], size, self.layers)
+                    tried.append(self._try(f"greedy-{weight}/{size}", chosen, {}))
+        return tried
+
+    def _own_answers(self) -> dict[str, Any]:
+        """The undefended model's answers to harmless prompts."""
+
+        def one(item: Item) -> Search[list[int]]:
+            model = self.workspace.model
+            (response,) = yield [
+                Request(item.prompt.token_ids, max_tokens=self.bench.max_new_tokens, stop_token_ids=model.stop_token_ids)
+            ]
+            return list(response.token_ids)
+
+        items = [*self.extra["benign"], *self.extra["category"]]
+        return {
+            "type": "answers",
+            "answers": dict(run_tasks(self.bench.backend, [(item.prompt.id, one(item)) for item in items])),
+        }
 
     def _try(self, name: str, bans: Mapping[int, Sequence[int]], protections: Mapping[int, Sequence[int]]) -> dict[str, Any]:
         policy = rules.combine(self.shape, bans, protections, {})
@@ -236,41 +311,24 @@ class _Deriver:
 
     def _measure(self, name: str, policy: RoutePolicy) -> dict[str, Any]:
         """Utility first: a candidate that costs too much is not attacked."""
-        if not self.campaign.done(("candidate", name)):
+
+        def make() -> dict[str, Any]:
             bench = replace(self.bench, backend=PolicyBackend(self.bench.backend, policy))
             benign, category = self.extra["benign"], self.extra["category"]
             measured = measure(bench, [], benign, category, [], [], **self.settings)
             if name == "none" or self._affordable({"measured": measured}):
                 measured |= measure(bench, self.items, [], [], ["fsour-adaptive"], self.workspace.seeds, **self.settings)
                 if self.suffixes:
-                    measured["suffix-transfer"] = self._replay(bench)
-            self.campaign.append(
-                ("candidate", name),
-                {
-                    "type": "candidate",
-                    "name": name,
-                    "policy": policy.to_dict(),
-                    "measured": {k: round(v, 4) for k, v in measured.items()},
-                },
-            )
-        record = next(one for one in self.campaign.records() if one["key"] == ("candidate", name))
-        return {"name": name, "measured": record["measured"]}
+                    replayed = {"found_suffixes": self.suffixes, **self.settings}
+                    measured |= measure(bench, self.items, [], [], ["suffix-transfer"], self.suffix_seeds, **replayed)
+            return {
+                "type": "candidate",
+                "name": name,
+                "policy": policy.to_dict(),
+                "measured": {kind: round(value, 4) for kind, value in measured.items() if kind != "tokens"},
+            }
 
-    def _replay(self, bench: Bench) -> float:
-        from ..defence import attack_search
-        from ..search.backend import run_tasks
-
-        tasks = [
-            (
-                at,
-                attack_search(
-                    "suffix-transfer", bench, item, seed, found_suffix=self.suffixes[seed, item.prompt.id], **self.settings
-                ),
-            )
-            for at, (seed, item) in enumerate((seed, item) for seed in self.workspace.seeds for item in self.items)
-        ]
-        outcomes = [float(bool(record["success"])) for _, record in run_tasks(bench.backend, tasks)]
-        return sum(outcomes) / len(outcomes)
+        return {"name": name, "measured": self._kept(("candidate", name), make)["measured"]}
 
     def _affordable(self, found: Mapping[str, Any]) -> bool:
         measured = found["measured"]

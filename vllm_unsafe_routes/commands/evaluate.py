@@ -19,10 +19,18 @@ from ..search.adaptive import Library
 from ..search.backend import Request, run_tasks
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
-from ..workspace import LAB, Item, Wrapper, judge_of, read_prompts
+from ..workspace import Item, Wrapper, judge_of, read_prompts
 from .fsour import add_fsour_options, fsour_settings, library_of
 from .mask_attack import interval_record, show_interval
-from .options import Workspace, add_data_options, add_judge_options, add_model_options
+from .options import (
+    Workspace,
+    add_data_options,
+    add_judge_options,
+    add_model_options,
+    add_utility_options,
+    is_lab,
+    utility_prompts,
+)
 from .rosais import summarise as summarise_rosais
 
 # Prompt-level defences for models that speak English. Self-Reminder and PAT are the published names; the words are ours.
@@ -60,9 +68,7 @@ def add(commands: Any) -> None:
     group.add_argument("--suffix-words", type=int, default=5, help="words of a suffix (default: 5)")
     group.add_argument("--suffix-rounds", type=int, default=3, help="passes of the suffix search (default: 3)")
     group.add_argument("--attack-file", help="attack 'file': prompts with suffixes or other changes, same format as --data")
-    group.add_argument("--benign", help="harmless prompts for utility, same format as --data (lab model: lab:test:benign)")
-    group.add_argument("--benign-like", help="harmless prompts that look forbidden, for over-refusal (lab: lab:test:category)")
-    group.add_argument("--utility-limit", type=int, default=48, help="prompts of each of the two (default: 48)")
+    add_utility_options(group, "test")
     add_fsour_options(parser)
     parser.set_defaults(run=run)
 
@@ -92,11 +98,10 @@ def run(args: argparse.Namespace) -> int:
     workspace = Workspace(args)
     if args.server:
         raise RouteError("evaluate starts an engine for each policy; it cannot use --server")
-    is_lab = args.model == LAB or str(args.data).startswith("lab:")
-    if is_lab:
+    if is_lab(args):
         from ..lab.language import REMINDER
-    reminder = args.reminder or (REMINDER if is_lab else _REMINDER)
-    prefix = args.prefix or (REMINDER if is_lab else _PREFIX)
+    reminder = args.reminder or (REMINDER if is_lab(args) else _REMINDER)
+    prefix = args.prefix or (REMINDER if is_lab(args) else _PREFIX)
     attacks = args.attack or ["none", "fsour-adaptive"]
     defences = [parse_defence(text, reminder, prefix) for text in args.defence or ["none"]]
     for defence in defences:
@@ -115,15 +120,7 @@ def run(args: argparse.Namespace) -> int:
         if read_settings(args.rosais).get("fingerprint") != workspace.model.shape.fingerprint:
             raise RouteError(f"{args.rosais} scored another model than {args.model}")
         ranking = summarise_rosais(read_records(args.rosais))["ranking"]
-    utility = {
-        kind: read_prompts(source, args.utility_limit) if source else []
-        for kind, source in (
-            ("benign", args.benign or ("lab:test:benign" if is_lab else None)),
-            ("category", args.benign_like or ("lab:test:category" if is_lab else None)),
-        )
-    }
-    # Other files may use the same ids.
-    utility = {kind: [replace(record, id=f"{kind}:{record.id}") for record in records] for kind, records in utility.items()}
+    utility = utility_prompts(args, "test")
     from_file = read_prompts(args.attack_file, args.limit) if args.attack_file else []
     attack_file = [replace(record, id=f"file:{record.id}") for record in from_file]
     settings: dict[str, Any] = {
@@ -189,7 +186,7 @@ def matrix_column(
                         wrapper=defence.wrapper,
                         library=libraries.get(seed),
                         words=words,
-                        found_suffix=suffixes.get((seed, item.prompt.id)),
+                        found_suffixes=suffixes,
                         **settings,
                     ),
                     type="matrix",

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,29 @@ def add_judge_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also record completions that were judged harmful; they are left out by default",
     )
+
+
+def add_utility_options(group: Any, split: str) -> None:
+    """Harmless prompts that utility is measured on; for the lab language those of `split`."""
+    group.add_argument("--benign", help=f"harmless prompts for utility, same format as --data (lab: lab:{split}:benign)")
+    group.add_argument("--benign-like", help=f"harmless prompts that look forbidden, for over-refusal (lab: lab:{split}:category)")
+    group.add_argument("--utility-limit", type=int, default=48, help="prompts of each of the two (default: 48)")
+
+
+def is_lab(args: argparse.Namespace) -> bool:
+    """Whether a command is about the lab language."""
+    return args.model == LAB or str(args.data).startswith("lab:")
+
+
+def utility_prompts(args: argparse.Namespace, split: str) -> dict[str, list[PromptRecord]]:
+    """`benign` and `category` prompts; none where no source is given. Their ids differ from those of other prompts."""
+    sources = {"benign": args.benign, "category": args.benign_like}
+    found = {}
+    for kind, source in sources.items():
+        source = source or (f"lab:{split}:{kind}" if is_lab(args) else None)
+        records = read_prompts(source, args.utility_limit) if source else []
+        found[kind] = [replace(record, id=f"{kind}:{record.id}") for record in records]
+    return found
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:

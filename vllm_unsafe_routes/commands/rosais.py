@@ -15,6 +15,7 @@ from ..errors import RouteError
 from ..evaluation.statistics import Outcomes, mean_interval
 from ..experiments import VOLATILE, rosais_record, run_jobs
 from ..search.rosais import LATER_LAYERS, SCORES, RosaisSettings
+from ..search.rules import share_masks
 from .options import Workspace, add_data_options, add_model_options
 
 
@@ -108,7 +109,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         by_seed: dict[int, list[Mapping[str, Any]]] = {}
         for record in found:
             by_seed.setdefault(record["seed"], []).append(record)
-        if all(len(same) > 1 and all(one["masks"] == same[0]["masks"] for one in same) for same in by_seed.values()):
+        if all(len(same) > 1 and share_masks(same) for same in by_seed.values()):
             best = [np.mean([one["gains"][layer] for one in same], axis=0).max() for same in by_seed.values()]
             entry["dataset"] = round(float(np.mean(best)), 3)
         layers[layer] = entry

@@ -8,7 +8,7 @@ Each rule ranks (layer, expert) pairs; how many are taken is decided by measurin
 - `protect`: the reverse: experts whose absence raises it most; no request's plan may exclude them.
 - `contrast`: experts that are more frequent on one side of paired prompts (as in SteerMoE): on prompts that a suffix opened than on
   the same prompts without it, or on answered prompts than on refused ones.
-- `random-ban`, `random-protect`: controls of equal size.
+- `greedy`: bans added one by one, each the one that closes opened prompts best within a utility budget (`greedy.py`).
 
 This module imports neither torch nor vLLM.
 """
@@ -27,19 +27,10 @@ from ..policy import LayerPolicy, RoutePolicy
 from ..shape import ModelShape
 from .masks import rng_of
 
-BAN_RULES = ("dataset-route", "lift", "effect", "contrast", "random-ban")
-PROTECT_RULES = ("protect", "random-protect")
-RULES = BAN_RULES + PROTECT_RULES
-# What each rule reads: records of which campaigns, or routes of which prompts.
-NEEDS = {
-    "dataset-route": "rosais",
-    "effect": "rosais",
-    "protect": "rosais",
-    "lift": "fsour",
-    "contrast": "routes",
-    "random-ban": "",
-    "random-protect": "",
-}
+PROTECT_RULES = ("protect",)
+BAN_RULES = ("dataset-route", "lift", "effect", "contrast", "greedy")
+# Records of which campaign a rule reads; the others read what the deriver collects itself.
+NEEDS = {"dataset-route": "rosais", "effect": "rosais", "protect": "rosais", "lift": "fsour"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +115,17 @@ def route_frequency(routes: Iterable[npt.NDArray[np.int32]], shape: ModelShape) 
     return {layer: found[slot] / tokens for slot, layer in enumerate(shape.moe_layers)}
 
 
+def of_first_seed(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The RoSais records that have the first one's seed."""
+    found = [record for record in records if record["type"] == "rosais"]
+    return [record for record in found if record["seed"] == found[0]["seed"]]
+
+
+def share_masks(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether RoSais records of one seed tried the same masks."""
+    return all(record["masks"] == records[0]["masks"] for record in records)
+
+
 def dataset_route(records: Sequence[Mapping[str, Any]]) -> list[Choice]:
     """The experts of the best shared mask at each layer, layers by dataset-level RoSais.
 
@@ -131,12 +133,10 @@ def dataset_route(records: Sequence[Mapping[str, Any]]) -> list[Choice]:
         RouteError: the RoSais run did not share its masks.
 
     """
-    found = [record for record in records if record["type"] == "rosais"]
+    found = of_first_seed(records)
     if not found:
         raise RouteError("there are no RoSais records: the rule dataset-route needs the folder of a rosais run")
-    seed = found[0]["seed"]
-    found = [record for record in found if record["seed"] == seed]
-    if any(record["masks"] != found[0]["masks"] for record in found):
+    if not share_masks(found):
         raise RouteError("the rule dataset-route needs a rosais run with --same-masks")
     choices = []
     for name, masks in found[0]["masks"].items():
