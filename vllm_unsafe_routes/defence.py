@@ -31,12 +31,14 @@ class Defence:
         name: for the table.
         wrapper: text around every prompt.
         policy: route policy, or None.
+        jitter: largest noise on a router logit; 0: none.
 
     """
 
     name: str
     wrapper: Wrapper
     policy: RoutePolicy | None = None
+    jitter: float = 0.0
 
 
 def words_of(model: Model) -> list[str]:

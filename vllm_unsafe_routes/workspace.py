@@ -247,6 +247,7 @@ def open_backend(
     *,
     servers: Sequence[str] = (),
     policy: RoutePolicy | None = None,
+    jitter: Mapping[str, Any] | None = None,
     max_model_len: int | None = None,
     dtype: str = "auto",
     engine_args: Mapping[str, Any] | None = None,
@@ -267,6 +268,7 @@ def open_backend(
         llm = launch(
             model.path,
             policy=None if policy is None else policy.to_dict(),
+            jitter=jitter,
             max_model_len=max_model_len,
             dtype=dtype,
             engine_args=engine_args,

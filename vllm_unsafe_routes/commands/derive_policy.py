@@ -64,7 +64,7 @@ def add(commands: Any) -> None:
         help="rule greedy: nats of attack score that a nat of harmless answers must be worth (default: 1,5)",
     )
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
-    group.add_argument("--protections", default="1,2", help="protected experts a layer to try, below top_k (default: 1,2)")
+    group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
     group.add_argument("--budget", type=float, default=0.98, help="share of benign prompts that must stay right (default: 0.98)")
     group.add_argument("--over-refusal", type=float, default=0.02, help="most that over-refusal may rise (default: 0.02)")
     add_utility_options(group, "tune")
@@ -278,7 +278,7 @@ class _Deriver:
             search = greedy_bans(self.bench.backend, opened, harmless, self.layers, settings, pinned, so_far)
 
             def note(_: Any, value: Mapping[str, Any], weight: int = weight) -> None:
-                self.campaign.append((f"greedy {weight}", value["at"]), {**value, "weight": weight})
+                self.campaign.append(("greedy", weight, value["number"]), {**value, "weight": weight})
 
             ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
             for size in own["greedy_bans"]:

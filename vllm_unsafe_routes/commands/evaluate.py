@@ -12,6 +12,7 @@ from typing import Any
 
 from ..campaign import Campaign, read_records, read_settings
 from ..defence import ATTACKS, Defence, attack_search, utility_record, words_of
+from ..engine.config import Jitter
 from ..errors import RouteError
 from ..experiments import VOLATILE, Bench, run_jobs
 from ..policy import RoutePolicy
@@ -57,8 +58,8 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--defence",
         action="append",
-        help="none, reminder (system prompt), prefix (text before the user's), policy:FILE, or policy:FILE+reminder; may be "
-        "repeated (default: none)",
+        help="none, reminder (system prompt), prefix (text before the user's), policy:FILE, jitter:SCALE (noise on router logits), "
+        "or several joined by +, such as policy:FILE+reminder; may be repeated (default: none)",
     )
     group.add_argument("--reminder", help="text of the system-prompt reminder")
     group.add_argument("--prefix", help="text of the prompt prefix")
@@ -80,7 +81,7 @@ def parse_defence(text: str, reminder: str, prefix: str) -> Defence:
         RouteError: an unknown name or a policy that cannot be read.
 
     """
-    policy, wrapper = None, Wrapper()
+    policy, wrapper, jitter = None, Wrapper(), 0.0
     for part in text.split("+"):
         if part == "reminder":
             wrapper = Wrapper("reminder", system=reminder, prefix=wrapper.prefix)
@@ -88,9 +89,14 @@ def parse_defence(text: str, reminder: str, prefix: str) -> Defence:
             wrapper = Wrapper("prefix", system=wrapper.system, prefix=prefix)
         elif part.startswith("policy:"):
             policy = RoutePolicy.load(part.removeprefix("policy:"))
+        elif part.startswith("jitter:"):
+            try:
+                jitter = Jitter.from_dict({"scale": float(part.removeprefix("jitter:"))}).scale
+            except (ValueError, RouteError) as error:
+                raise RouteError(f"defence {text!r}: {error}") from None
         elif part != "none":
-            raise RouteError(f"defence {text!r}: {part!r} is not none, reminder, prefix or policy:FILE")
-    return Defence(text, wrapper, policy)
+            raise RouteError(f"defence {text!r}: {part!r} is not none, reminder, prefix, policy:FILE or jitter:SCALE")
+    return Defence(text, wrapper, policy, jitter)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,18 +137,19 @@ def run(args: argparse.Namespace) -> int:
     }
     own = {
         "attacks": attacks,
-        "defences": [[one.name, one.policy.digest if one.policy else None, asdict(one.wrapper)] for one in defences],
+        "defences": [[one.name, one.policy.digest if one.policy else None, asdict(one.wrapper), one.jitter] for one in defences],
         **{name: value if isinstance(value, list) else asdict(value) for name, value in settings.items()},
         "library_prompts": args.library_prompts,
         "utility": {kind: [record.id for record in records] for kind, records in utility.items()},
         "max_new_tokens": args.max_new_tokens,
     }
     with Campaign(args.out, workspace.settings("evaluate", **own), volatile=VOLATILE) as campaign:
-        by_policy: dict[str | None, list[Defence]] = {}
+        by_engine: dict[tuple[str | None, float], list[Defence]] = {}
         for defence in defences:
-            by_policy.setdefault(defence.policy.digest if defence.policy else None, []).append(defence)
-        for group in by_policy.values():
-            with workspace.bench(group[0].policy) as bench:
+            by_engine.setdefault((defence.policy.digest if defence.policy else None, defence.jitter), []).append(defence)
+        for group in by_engine.values():
+            jitter = {"scale": group[0].jitter} if group[0].jitter else None
+            with workspace.bench(group[0].policy, jitter) as bench:
                 for defence in group:
                     matrix_column(args, workspace, campaign, bench, defence, attacks, settings, utility, attack_file)
         summary = summarise(campaign.records())

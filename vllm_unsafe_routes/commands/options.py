@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +191,7 @@ class Workspace:
         }
 
     @contextmanager
-    def bench(self, policy: RoutePolicy | None = None) -> Iterator[Bench]:
+    def bench(self, policy: RoutePolicy | None = None, jitter: Mapping[str, Any] | None = None) -> Iterator[Bench]:
         """An engine (or the servers) with what the searches need beside it."""
         args = self.args
         shared = getattr(args, "backend", None)
@@ -211,6 +211,7 @@ class Workspace:
             self.model,
             servers=args.server,
             policy=policy or self.policy,
+            jitter=jitter,
             max_model_len=args.max_model_len,
             dtype=args.dtype,
             engine_args=engine_args,

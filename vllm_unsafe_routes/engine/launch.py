@@ -11,6 +11,7 @@ def launch(
     model: str,
     *,
     policy: Mapping[str, Any] | str | None = None,
+    jitter: Mapping[str, Any] | None = None,
     max_model_len: int | None = None,
     dtype: str = "auto",
     engine_args: Mapping[str, Any] | None = None,
@@ -20,6 +21,7 @@ def launch(
     Args:
         model: a Hugging Face folder or hub id.
         policy: a policy that the engine enforces: its JSON form or a path.
+        jitter: noise on router logits, as the engine's setting of that name.
         max_model_len: longest request; None: the model's own.
         dtype: of the weights, as vLLM takes it.
         engine_args: further arguments of `vllm.LLM`; they win over the defaults here.
@@ -40,7 +42,8 @@ def launch(
         # The smallest block of CPU attention: a candidate recomputes at least the block that it changes.
         settings |= {"enforce_eager": True, "block_size": 32, "max_num_seqs": 128, "max_num_batched_tokens": 4096}
     settings |= dict(engine_args or {})
-    routes = {"allow_overrides": True} | ({"policy": policy} if policy is not None else {})
+    given = {"policy": policy, "jitter": jitter}
+    routes = {"allow_overrides": True} | {name: value for name, value in given.items() if value is not None}
     settings["additional_config"] = {**settings.get("additional_config", {}), "unsafe_routes": routes}
     from vllm import LLM
 

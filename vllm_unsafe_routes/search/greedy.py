@@ -75,7 +75,7 @@ def greedy_bans(
 ) -> Search[list[Choice]]:
     """Add bans one by one until none helps within the budget.
 
-    Every addition is a note with the keys `at`, `layer`, `expert`, `value` and `measured`, the gains of its round.
+    Every addition is a note with the keys `number`, `layer`, `expert`, `value` and `measured`, the gains of its round.
 
     Args:
         backend: where requests run; an engine without a policy.
@@ -150,7 +150,7 @@ def greedy_bans(
         yield [
             Note(
                 {
-                    "at": ["greedy", len(added) - 1],
+                    "number": len(added) - 1,
                     "type": "addition",
                     "layer": layer,
                     "expert": expert,
