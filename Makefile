@@ -14,7 +14,7 @@ help:
 	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (under 40 minutes on two idle cores)"
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make lint       ruff and mypy"
-	@echo "make lab-results  attacks and defences on three lab models; rewrites the README's lab tables (about an hour)"
+	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in README.md and docs/defence.md (an hour or two)"
 	@echo "make bench      what route control costs in serving, and how fast candidates are scored; rewrites benchmarks/results"
 	@echo "                and the README's tables; wants the machine for itself (about 20 minutes)"
 
@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/python benchmarks/search_speed.py --out benchmarks/results/search_speed_cpu.csv --readme README.md
 
 lab-results: setup
-	$(BIN)/python benchmarks/lab_results.py --readme README.md
+	$(BIN)/python benchmarks/lab_results.py --rewrite README.md --rewrite docs/defence.md
 
 clean:
 	rm -rf $(VENV)

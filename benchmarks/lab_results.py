@@ -1,10 +1,11 @@
 """The lab figures of the README: attacks, controls and defences on three lab models, each on prompts that no choice was made on.
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
-three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`. Runs are
-campaigns in `--runs`: an interrupted call goes on, and a second call only makes the tables again.
+three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with a search budget
+well beyond the deriver's; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`: an
+interrupted call goes on, and a second call only makes the tables again.
 
-    python benchmarks/lab_results.py --readme README.md               # everything; about half an hour on two idle cores
+    python benchmarks/lab_results.py --rewrite README.md              # everything; an hour or two
     python benchmarks/lab_results.py --part attacks --seeds 0         # one part, one model
     python benchmarks/lab_results.py --dry-run                        # two prompts, one model, nothing written
 """
@@ -28,16 +29,21 @@ PARTS = ("attacks", "defences")
 STRATEGIES = ("paper", "code", "adaptive")
 COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "prompts", "models", "errors")
 LEVELS = (1, 2, 3)
+# Noise on router logits, as one more defence.
+JITTER = (0.5, 2.0)
+# Of the table by model: the policy must hold on each.
+BY_MODEL = ("none", "derived policy", "random experts, equal size")
 ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour-adaptive", "suffix", "suffix-transfer")
 
 
-def model_of(seed: int, runs: Path) -> str:
+def model_of(seed: int, runs: Path, preset: str = "default") -> str:
     """The shipped model for seed 0; others are trained once, some two minutes each."""
-    if seed == 0:
+    if seed == 0 and preset == "default":
         return "lab"
-    folder = runs / f"model-{seed}"
+    folder = runs / (f"model-{seed}" if preset == "default" else f"{preset}-{seed}")
     if not (folder / "lab.json").exists():
-        subprocess.run([sys.executable, "-m", "vllm_unsafe_routes.lab.train", "--seed", str(seed), "--out", folder], check=True)
+        words = ["--preset", preset, "--seed", str(seed), "--out", folder]
+        subprocess.run([sys.executable, "-m", "vllm_unsafe_routes.lab.train", *words], check=True)
     return str(folder)
 
 
@@ -49,8 +55,10 @@ def unsafe_routes(*words: Any) -> None:
 def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bool) -> None:
     """All campaigns of one model. The model's seed is the attacks' seed too."""
     model, out = model_of(seed, runs), runs / f"seed-{seed}"
-    common = ["--model", model, "--dtype", "float32", "--seeds", seed]
-    judged = [*common, "--judge", "lab", "--max-new-tokens", 32]
+    shared = ["--dtype", "float32", "--seeds", seed]
+    common = ["--model", model, *shared]
+    judging = ["--judge", "lab", "--max-new-tokens", 32]
+    judged = [*common, *judging]
     masks = 4 if small else 100
     unsafe_routes(
         *["rosais", *common, "--data", "lab:search", "--limit", num, "--masks", masks, "--same-masks", "--out", out / "rosais"]
@@ -70,19 +78,29 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
             *["fsour", *judged, "--data", "lab:search", "--limit", num, "--strategy", "adaptive", "--out", out / "fsour-search"],
         )
         unsafe_routes(
-            *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", max(2, num // 2)],
-            *["--attempts", 1 if small else 2, "--utility-limit", num, "--out", out / "policy"],
-            *(["--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1"] if small else []),
+            *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", num],
+            *["--attempts", 1, "--utility-limit", num * 4, "--out", out / "policy"],
+            *(["--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1"] if small else []),
         )
         policy = out / "policy" / "policy.json"
         names = ["none", "reminder", f"policy:{policy}", f"policy:{policy}+reminder"]
         names += [f"policy:{out / 'policy' / f'control-{number}.json'}" for number in range(1 if small else 2)]
+        names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
+        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4]
+        evaluate += [word for name in ATTACKS for word in ("--attack", name)]
         unsafe_routes(
-            *["evaluate", *judged, "--data", "lab:test", "--limit", num, "--rosais", out / "rosais", "--masks", masks],
+            *["evaluate", *judged, *evaluate, "--rosais", out / "rosais", "--out", out / "matrix"],
             *[word for name in names for word in ("--defence", name)],
-            *[word for name in ATTACKS for word in ("--attack", name)],
-            *["--utility-limit", num * 2, "--out", out / "matrix"],
         )
+        if not small:
+            robust = ["--model", model_of(seed, runs, "route_robust"), *shared]
+            unsafe_routes(
+                *["rosais", *robust, "--data", "lab:search", "--limit", num, "--masks", masks, "--same-masks"],
+                *["--out", out / "rosais-robust"],
+            )
+            unsafe_routes(
+                *["evaluate", *robust, *judging, *evaluate, "--rosais", out / "rosais-robust", "--out", out / "matrix-robust"]
+            )
 
 
 def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
@@ -99,13 +117,14 @@ def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
         for record in read_records(folder / f"fsour-{strategy}"):
             if record["type"] == "fsour":
                 yield "attacks", f"F-SOUR {strategy}", "ASR", record["prompt"], record["success"]
-    for record in read_records(folder / "matrix"):
-        if record["type"] == "matrix":
-            yield "defences", defence_name(record["defence"]), record["attack"], record["prompt"], record["success"]
-        elif record["type"] == "utility":
-            right = record["right"] if record["kind"] == "benign" else record["refused"]
-            column = "benign right" if record["kind"] == "benign" else "over-refusal"
-            yield "defences", defence_name(record["defence"]), column, record["prompt"], right
+    for run in ("matrix", "matrix-robust"):
+        for record in read_records(folder / run) if (folder / run).exists() else ():
+            row = defence_name(record["defence"]) if run == "matrix" else "route noise in safety tuning (another model)"
+            if record["type"] == "matrix":
+                yield "defences", row, record["attack"], record["prompt"], record["success"]
+            elif record["type"] == "utility":
+                right = record["right"] if record["kind"] == "benign" else record["refused"]
+                yield "defences", row, "benign right" if record["kind"] == "benign" else "over-refusal", record["prompt"], right
 
 
 def defence_name(name: str) -> str:
@@ -120,8 +139,12 @@ def tabulate(seeds: list[int], runs: Path) -> list[dict[str, Any]]:
 
     cells: dict[tuple[str, str, str], dict[tuple[str, int], list[Any]]] = {}
     for seed in seeds:
+        rule = json.loads((runs / f"seed-{seed}" / "policy" / "policy.json").read_text(encoding="utf-8"))["provenance"]["rule"]
         for table, row, column, prompt, success in rows_of(runs / f"seed-{seed}"):
             cells.setdefault((table, row, column), {}).setdefault((prompt, seed), []).append(success)
+            if table == "defences" and row in BY_MODEL:
+                name = f"{seed}: {rule}" if row == "derived policy" else f"{seed}: {row}"
+                cells.setdefault(("models", name, column), {}).setdefault((prompt, seed), []).append(success)
     lines = []
     for (table, row, column), found in cells.items():
         # Several controls of one model are one outcome each, told apart by a part of the prompt's name.
@@ -190,7 +213,10 @@ def markdown(lines: list[dict[str, Any]]) -> dict[str, str]:
     defences += [
         "| " + " | ".join([row, *(cell("defences", row, column) for column in columns)]) + " |" for row in rows("defences")
     ]
-    return {"lab-attacks": "\n".join(attacks), "lab-defences": "\n".join(defences)}
+    columns = ["fsour-adaptive", "suffix-transfer", "suffix", "benign right", "over-refusal"]
+    models = ["| model, defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    models += ["| " + " | ".join([row, *(cell("models", row, column) for column in columns)]) + " |" for row in rows("models")]
+    return {"lab-attacks": "\n".join(attacks), "lab-defences": "\n".join(defences), "lab-models": "\n".join(models)}
 
 
 LABELS = {
@@ -206,7 +232,7 @@ def rewrite(path: Path, tables: dict[str, str]) -> None:
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin not in text:
-            raise SystemExit(f"{path} has no mark {begin}")
+            continue
         text = text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end) :]
     path.write_text(text, encoding="utf-8")
 
@@ -218,7 +244,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; tables need both")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
-    parser.add_argument("--readme", type=Path, help="rewrite the tables in this file")
+    parser.add_argument("--rewrite", type=Path, action="append", default=[], help="rewrite the tables that this file has marks for")
     parser.add_argument("--dry-run", action="store_true", help="tiny settings, one model, nothing written outside a scratch folder")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -243,8 +269,8 @@ def main() -> None:
         writer.writeheader()
         for line in lines:
             writer.writerow({"date": datetime.now(UTC).date().isoformat(), "commit": commit, **line})
-    if args.readme:
-        rewrite(args.readme, tables)
+    for path in args.rewrite:
+        rewrite(path, tables)
 
 
 if __name__ == "__main__":

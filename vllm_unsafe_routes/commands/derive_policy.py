@@ -273,7 +273,8 @@ class _Deriver:
         pinned = {(layer, expert) for layer, experts in protected.items() for expert in experts}
         tried = []
         for weight in own["greedy_weights"]:
-            settings = GreedySettings(max_bans=max(own["greedy_bans"]), budget=self.args.budget, utility_weight=weight)
+            # Half of what the budget lets go: the rest is for prompts that were not seen.
+            settings = GreedySettings(max_bans=max(own["greedy_bans"]), budget=(1 + self.args.budget) / 2, utility_weight=weight)
             so_far = [record for record in self.campaign.records() if record["type"] == "addition" and record["weight"] == weight]
             search = greedy_bans(self.bench.backend, opened, harmless, self.layers, settings, pinned, so_far)
 

@@ -1,0 +1,169 @@
+"""`derive-policy` and `evaluate` end to end on the lab model, and the greedy addition of bans by itself."""
+
+import contextlib
+import csv
+import json
+
+import pytest
+from campaign_runs import assert_same_results, num_lines, results
+from engines import engine
+
+from vllm_unsafe_routes import RoutePlan, RoutePolicy, RouteScorer, lab
+from vllm_unsafe_routes.cli import main
+from vllm_unsafe_routes.commands import options
+from vllm_unsafe_routes.errors import RouteError
+from vllm_unsafe_routes.search import rules
+from vllm_unsafe_routes.search.backend import run_tasks
+from vllm_unsafe_routes.search.greedy import Example, GreedySettings, greedy_bans
+from vllm_unsafe_routes.search.scorer import make_backend
+from vllm_unsafe_routes.workspace import Model, read_prompts
+
+pytestmark = pytest.mark.v1_only
+LAB = ("--model", "lab", "--dtype", "float32")
+JUDGED = (*LAB, "--judge", "lab", "--max-new-tokens", 32)
+
+
+def command(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def backend():
+    with engine(lab.model_path(), {"allow_overrides": True}, enable_prefix_caching=True) as llm:
+        yield make_backend(llm)
+
+
+@pytest.fixture
+def shared_engine(backend, monkeypatch):
+    """Where no policy is enforced, the commands' engine is the module's."""
+    started = options.open_backend
+
+    def shared(*args, policy=None, jitter=None, **settings):
+        if policy is None and jitter is None:
+            return contextlib.nullcontext(backend)
+        return started(*args, policy=policy, jitter=jitter, **settings)
+
+    monkeypatch.setattr(options, "open_backend", shared)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Opened prompts and harmless ones; for the first kind any target will do."""
+    model = Model("lab")
+
+    def of(source, count):
+        found = [model.item(record).prompt for record in read_prompts(source, count)]
+        return [Example(prompt.token_ids, prompt.target) for prompt in found]
+
+    return of("lab:search", 2), of("lab:search:benign", 3)
+
+
+def add_greedily(backend, examples, so_far=(), **settings):
+    """The bans and the notes on the way."""
+    opened, harmless = examples
+    notes = []
+    search = greedy_bans(backend, opened, harmless, [1, 3], GreedySettings(**settings), pinned={(1, 2), (3, 0)}, so_far=so_far)
+    ((_, added),) = run_tasks(backend, [(0, search)], note=lambda _, value: notes.append(value))
+    return added, notes
+
+
+def test_the_first_ban_is_the_one_that_lowers_the_target_most(backend, examples):
+    opened, _ = examples
+    # Floor far away, utility free: what is left is the mean log-probability of the target, found here by trying all.
+    added, notes = add_greedily(backend, examples, max_bans=2, budget=0.0, utility_weight=0.0, floor=-1e9)
+    tried = [(layer, expert) for layer in (1, 3) for expert in range(16) if (layer, expert) not in {(1, 2), (3, 0)}]
+    plans = [RoutePlan().disable(layer, "all", [expert]) for layer, expert in tried]
+    scorer = RouteScorer(backend)
+    means = sum(scorer.score(one.prompt, one.target, plans) for one in opened) / len(opened)
+    best = tried[int(means.argmin())]
+    assert (added[0].layer, added[0].expert) == best
+    assert added[0].strength == pytest.approx(-means.min(), abs=1e-4)
+    assert len(notes[0]["measured"]) == len(tried) and len(notes[1]["measured"]) < len(tried)
+    assert not {(one.layer, one.expert) for one in added} & {(1, 2), (3, 0)}
+
+
+def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples):
+    settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9}
+    whole, notes = add_greedily(backend, examples, **settings)
+    assert len(whole) == 4
+    again, rest = add_greedily(backend, examples, so_far=json.loads(json.dumps(notes[:2])), **settings)
+    assert again == whole and rest == notes[2:]
+
+
+def test_a_budget_that_nothing_meets_bans_nothing(backend, examples):
+    added, notes = add_greedily(backend, examples, budget=1.1)
+    assert added == [] and notes == []
+
+
+def test_rules_share_what_they_ask_of_records():
+    records = [{"type": "rosais", "seed": seed, "masks": {"1": [[seed]]}} for seed in (3, 3, 4)]
+    assert rules.share_masks(rules.of_first_seed(records)) and not rules.share_masks(records)
+    assert rules.of_first_seed([]) == [] and rules.share_masks([])
+
+
+def test_a_policy_is_derived_and_measured(tmp_path, capsys, shared_engine):
+    scored, derived, matrix = tmp_path / "rosais", tmp_path / "policy", tmp_path / "matrix"
+    command("rosais", *LAB, "--data", "lab:search", "--limit", 3, "--masks", 12, "--same-masks", "--out", scored)
+    derive = [
+        "derive-policy",
+        scored,
+        *JUDGED,
+        "--data",
+        "lab:tune",
+        "--limit",
+        2,
+        "--attempts",
+        1,
+        "--adaptive-max-candidates",
+        40,
+    ]
+    derive += ["--utility-limit", 6, "--suffixes", 1, "--rule", "protect", "--rule", "greedy", "--protections", 1]
+    derive += ["--greedy-bans", "1,2", "--greedy-weights", 1, "--keep", 1, "--out", derived]
+    command(*derive)
+    out = capsys.readouterr().out
+    assert "undefended: fsour-adaptive" in out and "best: " in out
+    policy = RoutePolicy.load(derived / "policy.json")
+    kept = results(derived)
+    names = [record["name"] for record in kept.values() if record["type"] == "candidate"]
+    assert {"none", "protect/1"} <= set(names) and policy.provenance["rule"] in names
+    if any(record["type"] == "suffixes" and any(row[3] for row in record["found"]) for record in kept.values()):
+        assert {"greedy-1/1", "greedy-1/2"} <= set(names)
+    assert policy.provenance["runs"] == [str(scored)] and policy.provenance["measured"]["benign"] >= 0.98
+    for number in range(3):
+        control = RoutePolicy.load(derived / f"control-{number}.json")
+        for layer, entry in policy.layers.items():
+            assert len(control.layers[layer].disabled) == len(entry.disabled)
+    lines = num_lines(derived)
+    command(*derive)
+    assert num_lines(derived) == lines and f"best: {policy.provenance['rule']}" in capsys.readouterr().out
+
+    evaluate = ["evaluate", *JUDGED, "--data", "lab:test", "--limit", 2, "--seeds", 0, "--utility-limit", 4, "--attempts", 1]
+    evaluate += ["--adaptive-max-candidates", 40, "--suffix-rounds", 1, "--library-prompts", 0, "--out", matrix]
+    for attack in ("none", "fsour-adaptive", "suffix", "suffix-transfer"):
+        evaluate += ["--attack", attack]
+    for defence in ("none", f"policy:{derived / 'policy.json'}+jitter:0.5+reminder"):
+        evaluate += ["--defence", defence]
+    command(*evaluate)
+    out = capsys.readouterr().out
+    assert out.count("ASR, suffix-transfer") == 2 and out.count("tokens/s") == 2
+    with (matrix / "matrix.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (4 + 2 + 1)
+    before = results(matrix)
+    # A run without its last records goes on; what needs no noise comes out the same.
+    lines = (matrix / "records.jsonl").read_text().splitlines(keepends=True)
+    (matrix / "records.jsonl").write_text("".join(lines[:9]))
+    (matrix / "summary.json").unlink()
+    command(*evaluate)
+    steady = {key: record for key, record in before.items() if "jitter" not in str(key)}
+    after = {key: record for key, record in results(matrix).items() if "jitter" not in str(key)}
+    assert_same_results(steady, after)
+
+
+def test_a_noise_that_is_none_is_refused(tmp_path):
+    from vllm_unsafe_routes.commands.evaluate import parse_defence
+
+    assert parse_defence("jitter:0.25+reminder", "be good", "").jitter == 0.25
+    for text in ("jitter:", "jitter:-1", "jitter:nan", "jitter:much"):
+        with pytest.raises(RouteError, match="defence 'jitter:"):
+            parse_defence(text, "", "")
