@@ -29,6 +29,9 @@ PARTS = ("attacks", "defences")
 STRATEGIES = ("paper", "code", "adaptive")
 COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "prompts", "models", "errors")
 LEVELS = (1, 2, 3)
+# The rules that hold on these models; `docs/defence.md` says what the others gave.
+DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
+DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 # Noise on router logits, as one more defence.
 JITTER = (0.5, 2.0)
 # Of the table by model: the policy must hold on each.
@@ -80,7 +83,7 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
         unsafe_routes(
             *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", num],
             *["--attempts", 1, "--utility-limit", num * 4, "--out", out / "policy"],
-            *(["--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1"] if small else []),
+            *(DERIVE_SMALL if small else DERIVE),
         )
         policy = out / "policy" / "policy.json"
         names = ["none", "reminder", f"policy:{policy}", f"policy:{policy}+reminder"]
