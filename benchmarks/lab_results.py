@@ -1,8 +1,8 @@
 """The lab figures of the README: attacks, controls and defences on three lab models, each on prompts that no choice was made on.
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
-three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with five times
-the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`: an
+three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with three
+times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`: an
 interrupted call goes on, and a second call only makes the tables again.
 
     python benchmarks/lab_results.py --rewrite README.md              # everything; an hour or two
@@ -33,7 +33,7 @@ LEVELS = (1, 2, 3)
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 # Noise on router logits, as one more defence.
-JITTER = (0.5, 2.0)
+JITTER = (2.0,)
 # Of the table by model: the policy must hold on each.
 BY_MODEL = ("none", "derived policy", "random experts, equal size")
 ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour-adaptive", "suffix", "suffix-transfer")
@@ -86,10 +86,9 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
             *(DERIVE_SMALL if small else DERIVE),
         )
         policy = out / "policy" / "policy.json"
-        names = ["none", "reminder", f"policy:{policy}", f"policy:{policy}+reminder"]
-        names += [f"policy:{out / 'policy' / f'control-{number}.json'}" for number in range(1 if small else 2)]
+        names = ["none", f"policy:{policy}", f"policy:{out / 'policy' / 'control-0.json'}", "reminder", f"policy:{policy}+reminder"]
         names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
-        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4]
+        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4, "--attempts", 3]
         evaluate += [word for name in ATTACKS for word in ("--attack", name)]
         unsafe_routes(
             *["evaluate", *judged, *evaluate, "--rosais", out / "rosais", "--out", out / "matrix"],
