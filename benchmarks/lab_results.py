@@ -2,8 +2,8 @@
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
 three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with three
-times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`: an
-interrupted call goes on, and a second call only makes the tables again.
+times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`:
+an interrupted call goes on, and a second call only makes the tables again.
 
     python benchmarks/lab_results.py --rewrite README.md              # everything; an hour or two
     python benchmarks/lab_results.py --part attacks --seeds 0         # one part, one model
