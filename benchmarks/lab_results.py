@@ -109,14 +109,15 @@ def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
     """(table, row, column, prompt, success) of one model's campaigns."""
     from vllm_unsafe_routes.campaign import read_records
 
-    for record in read_records(folder / "masks"):
+    for record in read_records(folder / "masks") if (folder / "masks").exists() else ():
         if record["type"] == "answer":
             yield "attacks", "no attack", "ASR", record["prompt"], record["success"]
         else:
             for level, judged in record["answers"].items():
                 yield "attacks", f"{record['attack']}, {level}", "ASR", record["prompt"], judged["success"]
     for strategy in STRATEGIES:
-        for record in read_records(folder / f"fsour-{strategy}"):
+        run = folder / f"fsour-{strategy}"
+        for record in read_records(run) if run.exists() else ():
             if record["type"] == "fsour":
                 yield "attacks", f"F-SOUR {strategy}", "ASR", record["prompt"], record["success"]
     for run in ("matrix", "matrix-robust"):
@@ -135,18 +136,26 @@ def defence_name(name: str) -> str:
     return re.sub(r"policy:\S*policy\.json", "derived policy", name).replace("+", " + ")
 
 
-def tabulate(seeds: list[int], runs: Path) -> list[dict[str, Any]]:
-    """One line a figure, with intervals over prompts and models."""
+def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int) -> list[dict[str, Any]]:
+    """One line a figure, with intervals over prompts and models; a model whose cell is not finished is left out of it."""
     from vllm_unsafe_routes.evaluation.statistics import Outcomes, attack_success_rate
 
     cells: dict[tuple[str, str, str], dict[tuple[str, int], list[Any]]] = {}
     for seed in seeds:
-        rule = json.loads((runs / f"seed-{seed}" / "policy" / "policy.json").read_text(encoding="utf-8"))["provenance"]["rule"]
+        of_model: dict[tuple[str, str, str], list[tuple[Any, Any]]] = {}
         for table, row, column, prompt, success in rows_of(runs / f"seed-{seed}"):
-            cells.setdefault((table, row, column), {}).setdefault((prompt, seed), []).append(success)
+            of_model.setdefault((table, row, column), []).append((prompt, success))
+        for (table, row, column), found in of_model.items():
+            if len(found) < prompts:
+                continue
+            keys = [(table, row, column)]
             if table == "defences" and row in BY_MODEL:
-                name = f"{seed}: {rule}" if row == "derived policy" else f"{seed}: {row}"
-                cells.setdefault(("models", name, column), {}).setdefault((prompt, seed), []).append(success)
+                path = runs / f"seed-{seed}" / "policy" / "policy.json"
+                rule = json.loads(path.read_text(encoding="utf-8"))["provenance"]["rule"]
+                keys.append(("models", f"{seed}: {rule if row == 'derived policy' else row}", column))
+            for key in keys:
+                for prompt, success in found:
+                    cells.setdefault(key, {}).setdefault((prompt, seed), []).append(success)
     lines = []
     for (table, row, column), found in cells.items():
         # Several controls of one model are one outcome each, told apart by a part of the prompt's name.
@@ -158,6 +167,8 @@ def tabulate(seeds: list[int], runs: Path) -> list[dict[str, Any]]:
             | {name: round(value, 4) for name, value in figures.items()}
             | {"prompts": interval.n_prompts, "models": interval.n_seeds, "errors": interval.n_errors}
         )
+    if "attacks" not in parts:
+        return lines
     tokens = {
         strategy: [cost(runs / f"seed-{seed}" / f"fsour-{strategy}") for seed in seeds]
         for strategy in ("paper", "code", "adaptive")
@@ -182,8 +193,21 @@ def cost(folder: Path) -> dict[str, float]:
     }
 
 
-def markdown(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """Both tables."""
+def commit_of_the_tree() -> str:
+    """Short hash of what is checked out."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def read_line(line: dict[str, str]) -> dict[str, Any]:
+    """A line of the CSV with its numbers as numbers and its empty fields left out."""
+    numbers: dict[str, Any] = {name: float(line[name]) for name in ("value", "low", "high") if line[name]}
+    counts = {name: int(line[name]) for name in ("prompts", "models", "errors") if line[name]}
+    return {name: text for name, text in line.items() if text} | numbers | counts
+
+
+def markdown(lines: list[dict[str, Any]], models: int) -> dict[str, str]:
+    """The tables."""
 
     def cell(table: str, row: str, column: str) -> str:
         line = next((one for one in lines if (one["table"], one["row"], one["column"]) == (table, row, column)), None)
@@ -191,15 +215,20 @@ def markdown(lines: list[dict[str, Any]]) -> dict[str, str]:
             return "not measured"
         if "low" not in line:
             return f"{line['value']:,.0f}"
-        return f"{line['value']:.2f} [{line['low']:.2f}, {line['high']:.2f}]"
+        fewer = f" ({line['models']} of {models} models)" if table == "defences" and line["models"] < models else ""
+        return f"{line['value']:.2f} [{line['low']:.2f}, {line['high']:.2f}]{fewer}"
 
     def rows(table: str) -> list[str]:
         return list(dict.fromkeys(line["row"] for line in lines if line["table"] == table))
 
-    count = next(line for line in lines if line["row"] == "no attack")
-    head = f"{count['models']} models (training seeds), {count['prompts']} prompts each, {datetime.now(UTC).date().isoformat()}"
+    def head(table: str) -> str:
+        line = next((one for one in lines if one["table"] == table), None)
+        if line is None:
+            return "Not measured."
+        return f"{line['models']} models (training seeds), {line['prompts']} prompts each, {line['date']}"
+
     attacks = [
-        f"{head}; ASR with 95% interval over prompts and models.",
+        f"{head('attacks')}; ASR with 95% interval over prompts and models.",
         "",
         "| attack | ASR | computed tokens a prompt | one by one |",
         "|---|---|---|---|",
@@ -211,14 +240,14 @@ def markdown(lines: list[dict[str, Any]]) -> dict[str, str]:
         label = re.sub(r"^(rosais|random-layers|random-masks), (\d)$", lambda found: f"{LABELS[found[1]]}, {found[2]}", row)
         attacks.append(f"| {label} | {cell('attacks', row, 'ASR')} | {costs[0]} | {costs[1]} |")
     columns = [*ATTACKS, "benign right", "over-refusal"]
-    defences = [f"{head}.", "", "| defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    defences = [f"{head('defences')}.", "", "| defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     defences += [
         "| " + " | ".join([row, *(cell("defences", row, column) for column in columns)]) + " |" for row in rows("defences")
     ]
     columns = ["fsour-adaptive", "suffix-transfer", "suffix", "benign right", "over-refusal"]
-    models = ["| model, defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    models += ["| " + " | ".join([row, *(cell("models", row, column) for column in columns)]) + " |" for row in rows("models")]
-    return {"lab-attacks": "\n".join(attacks), "lab-defences": "\n".join(defences), "lab-models": "\n".join(models)}
+    by_model = ["| model, defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    by_model += ["| " + " | ".join([row, *(cell("models", row, column) for column in columns)]) + " |" for row in rows("models")]
+    return {"lab-attacks": "\n".join(attacks), "lab-defences": "\n".join(defences), "lab-models": "\n".join(by_model)}
 
 
 LABELS = {
@@ -244,7 +273,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="training seeds of the models, separated by commas")
     parser.add_argument("--prompts", type=int, default=24, help="prompts of each split")
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; tables need both")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; the other part's figures stay as they are")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
     parser.add_argument("--rewrite", type=Path, action="append", default=[], help="rewrite the tables that this file has marks for")
     parser.add_argument("--dry-run", action="store_true", help="tiny settings, one model, nothing written outside a scratch folder")
@@ -256,21 +285,24 @@ def main() -> None:
         parts = tuple(args.part or PARTS)
         for seed in seeds:
             run_model(seed, runs, 2 if args.dry_run else args.prompts, parts, args.dry_run)
-        if set(parts) != set(PARTS):
-            return
-        lines = tabulate(seeds, runs)
-        tables = markdown(lines)
+        lines = tabulate(seeds, runs, parts, 2 if args.dry_run else args.prompts)
+        for line in lines:
+            line |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_the_tree()}
+        if not args.dry_run and args.out.exists():
+            # The other part's figures stay, with their date and commit.
+            made = {line["table"] for line in lines}
+            with args.out.open(newline="", encoding="utf-8") as file:
+                lines += [read_line(line) for line in csv.DictReader(file) if line["table"] not in made]
+        tables = markdown(lines, len(seeds))
     for name, table in tables.items():
         print(f"\n{name}\n{table}")
     if args.dry_run:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for line in lines:
-            writer.writerow({"date": datetime.now(UTC).date().isoformat(), "commit": commit, **line})
+        writer.writerows(lines)
     for path in args.rewrite:
         rewrite(path, tables)
 
