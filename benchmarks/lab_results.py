@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; the other part's figures stay as they are")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
     parser.add_argument("--rewrite", type=Path, action="append", default=[], help="rewrite the tables that this file has marks for")
+    parser.add_argument("--tables-only", action="store_true", help="run nothing: make the tables of what is finished")
     parser.add_argument("--dry-run", action="store_true", help="tiny settings, one model, nothing written outside a scratch folder")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -283,7 +284,7 @@ def main() -> None:
         seeds = [0] if args.dry_run else [int(part) for part in args.seeds.split(",")]
         runs = Path(scratch) if args.dry_run else args.runs
         parts = tuple(args.part or PARTS)
-        for seed in seeds:
+        for seed in [] if args.tables_only else seeds:
             run_model(seed, runs, 2 if args.dry_run else args.prompts, parts, args.dry_run)
         lines = tabulate(seeds, runs, parts, 2 if args.dry_run else args.prompts)
         for line in lines:

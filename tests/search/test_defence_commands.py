@@ -33,19 +33,6 @@ def backend():
         yield make_backend(llm)
 
 
-@pytest.fixture
-def shared_engine(backend, monkeypatch):
-    """Where no policy is enforced, the commands' engine is the module's."""
-    started = options.open_backend
-
-    def shared(*args, policy=None, jitter=None, **settings):
-        if policy is None and jitter is None:
-            return contextlib.nullcontext(backend)
-        return started(*args, policy=policy, jitter=jitter, **settings)
-
-    monkeypatch.setattr(options, "open_backend", shared)
-
-
 @pytest.fixture(scope="module")
 def examples():
     """Opened prompts and harmless ones; for the first kind any target will do."""
@@ -101,8 +88,10 @@ def test_rules_share_what_they_ask_of_records():
     assert rules.of_first_seed([]) == [] and rules.share_masks([])
 
 
-def test_a_policy_is_derived_and_measured(tmp_path, capsys, shared_engine):
+def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend):
     scored, derived, matrix = tmp_path / "rosais", tmp_path / "policy", tmp_path / "matrix"
+    # One engine for what needs no policy. `evaluate` starts its own, and their ends take the first one's process groups with them.
+    monkeypatch.setattr(options, "open_backend", lambda *_, **__: contextlib.nullcontext(backend))
     command("rosais", *LAB, "--data", "lab:search", "--limit", 3, "--masks", 12, "--same-masks", "--out", scored)
     derive = [
         "derive-policy",
@@ -137,6 +126,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, shared_engine):
     command(*derive)
     assert num_lines(derived) == lines and f"best: {policy.provenance['rule']}" in capsys.readouterr().out
 
+    monkeypatch.undo()
     evaluate = ["evaluate", *JUDGED, "--data", "lab:test", "--limit", 2, "--seeds", 0, "--utility-limit", 4, "--attempts", 1]
     evaluate += ["--adaptive-max-candidates", 40, "--suffix-rounds", 1, "--library-prompts", 0, "--out", matrix]
     for attack in ("none", "fsour-adaptive", "suffix", "suffix-transfer"):
