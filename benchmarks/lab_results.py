@@ -32,6 +32,7 @@ LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
+CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
 # Noise on router logits, as one more defence.
 JITTER = (2.0,)
 # Of the table by model: the policy must hold on each.
@@ -86,10 +87,16 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
             *(DERIVE_SMALL if small else DERIVE),
         )
         policy = out / "policy" / "policy.json"
-        names = ["none", f"policy:{policy}", f"policy:{out / 'policy' / 'control-0.json'}", "reminder", f"policy:{policy}+reminder"]
+        names = ["none", f"policy:{policy}", "reminder", f"policy:{policy}+reminder"]
         names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
         evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4, "--attempts", 3]
-        evaluate += [word for name in ATTACKS for word in ("--attack", name)]
+        attacks = [word for name in ATTACKS for word in ("--attack", name)]
+        # The control first: it needs the least, and without it the policy's figures say little.
+        unsafe_routes(
+            *["evaluate", *judged, *evaluate, *(word for name in CONTROL_ATTACKS for word in ("--attack", name))],
+            *["--defence", "none", "--defence", f"policy:{out / 'policy' / 'control-0.json'}", "--out", out / "matrix-control"],
+        )
+        evaluate += attacks
         unsafe_routes(
             *["evaluate", *judged, *evaluate, "--rosais", out / "rosais", "--out", out / "matrix"],
             *[word for name in names for word in ("--defence", name)],
@@ -120,9 +127,11 @@ def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
         for record in read_records(run) if run.exists() else ():
             if record["type"] == "fsour":
                 yield "attacks", f"F-SOUR {strategy}", "ASR", record["prompt"], record["success"]
-    for run in ("matrix", "matrix-robust"):
+    for run in ("matrix", "matrix-control", "matrix-robust"):
         for record in read_records(folder / run) if (folder / run).exists() else ():
-            row = defence_name(record["defence"]) if run == "matrix" else "route noise in safety tuning (another model)"
+            if run == "matrix-control" and record["defence"] == "none":
+                continue
+            row = "route noise in safety tuning (another model)" if run == "matrix-robust" else defence_name(record["defence"])
             if record["type"] == "matrix":
                 yield "defences", row, record["attack"], record["prompt"], record["success"]
             elif record["type"] == "utility":
