@@ -1,9 +1,10 @@
 """The lab figures of the README: attacks, controls and defences on three lab models, each on prompts that no choice was made on.
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
-three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with three
-times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Runs are campaigns in `--runs`:
-an interrupted call goes on, and a second call only makes the tables again.
+three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with five
+times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Models run beside each other,
+`--jobs` at a time, one thread each. Runs are campaigns in `--runs`: an interrupted call goes on, and a second call only makes the
+tables again.
 
     python benchmarks/lab_results.py --rewrite README.md              # everything; an hour or two
     python benchmarks/lab_results.py --part attacks --seeds 0         # one part, one model
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,10 @@ COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
+DERIVE += ("--greedy-bans", "12,16,20,24,28,32")
+# Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
+DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
+DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
 # Noise on router logits, as one more defence.
@@ -52,7 +59,7 @@ def model_of(seed: int, runs: Path, preset: str = "default") -> str:
 
 
 def unsafe_routes(*words: Any) -> None:
-    print("$ unsafe-routes", *words, flush=True)
+    print(datetime.now(UTC).strftime("%H:%M:%S"), "$ unsafe-routes", *words, flush=True)
     subprocess.run([Path(sys.executable).parent / "unsafe-routes", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -83,13 +90,14 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
         )
         unsafe_routes(
             *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", num],
-            *["--attempts", 1, "--utility-limit", num * 4, "--out", out / "policy"],
+            *["--attempts", DERIVE_ATTEMPTS, "--utility-limit", num * 4, "--out", out / "policy"],
             *(DERIVE_SMALL if small else DERIVE),
         )
         policy = out / "policy" / "policy.json"
-        names = ["none", f"policy:{policy}", "reminder", f"policy:{policy}+reminder"]
+        names = ["none", f"policy:{policy}", "reminder", "prefix", f"policy:{policy}+reminder"]
         names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
-        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4, "--attempts", 3]
+        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4]
+        evaluate += ["--attempts", ATTEMPTS]
         attacks = [word for name in ATTACKS for word in ("--attack", name)]
         # The control first: it needs the least, and without it the policy's figures say little.
         unsafe_routes(
@@ -147,7 +155,7 @@ def defence_name(name: str) -> str:
 
 def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int) -> list[dict[str, Any]]:
     """One line a figure, with intervals over prompts and models; a model whose cell is not finished is left out of it."""
-    from vllm_unsafe_routes.evaluation.statistics import Outcomes, attack_success_rate
+    from vllm_unsafe_routes.evaluation.statistics import Outcomes, attack_success_rate, paired_difference
 
     cells: dict[tuple[str, str, str], dict[tuple[str, int], list[Any]]] = {}
     for seed in seeds:
@@ -166,10 +174,12 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int)
                 for prompt, success in found:
                     cells.setdefault(key, {}).setdefault((prompt, seed), []).append(success)
     lines = []
+    outcomes = {}
     for (table, row, column), found in cells.items():
         # Several controls of one model are one outcome each, told apart by a part of the prompt's name.
         results = [(f"{prompt}#{at}", seed, one) for (prompt, seed), many in found.items() for at, one in enumerate(many)]
-        interval = attack_success_rate(Outcomes.from_rows(results))
+        outcomes[table, row, column] = Outcomes.from_rows(results)
+        interval = attack_success_rate(outcomes[table, row, column])
         figures = {"value": interval.value, "low": interval.low, "high": interval.high}
         lines.append(
             {"table": table, "row": row, "column": column}
@@ -178,6 +188,15 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int)
         )
     if "attacks" not in parts:
         return lines
+    for control, level in itertools.product(("random-layers", "random-masks"), LEVELS):
+        pair = [outcomes.get(("attacks", f"{name}, {level}", "ASR")) for name in (control, "rosais")]
+        if None not in pair:
+            found_difference = paired_difference(*pair)
+            figures = {name: round(getattr(found_difference, name), 4) for name in ("value", "low", "high")}
+            lines.append(
+                {"table": "attacks", "row": f"rosais, {level}", "column": f"more than {control}", **figures}
+                | {"prompts": found_difference.n_prompts, "models": found_difference.n_seeds, "errors": found_difference.n_errors}
+            )
     tokens = {
         strategy: [cost(runs / f"seed-{seed}" / f"fsour-{strategy}") for seed in seeds]
         for strategy in ("paper", "code", "adaptive")
@@ -239,15 +258,19 @@ def markdown(lines: list[dict[str, Any]], models: int) -> dict[str, str]:
     attacks = [
         f"{head('attacks')}; ASR with 95% interval over prompts and models.",
         "",
-        "| attack | ASR | computed tokens a prompt | one by one |",
-        "|---|---|---|---|",
+        "| attack | ASR | more than random layers | than random masks | computed tokens a prompt | one by one |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows("attacks"):
         costs = [
             cell("attacks", row, name) if "F-SOUR" in row else "" for name in ("tokens a prompt", "tokens a prompt, one by one")
         ]
         label = re.sub(r"^(rosais|random-layers|random-masks), (\d)$", lambda found: f"{LABELS[found[1]]}, {found[2]}", row)
-        attacks.append(f"| {label} | {cell('attacks', row, 'ASR')} | {costs[0]} | {costs[1]} |")
+        more = [
+            cell("attacks", row, f"more than {control}") if row.startswith("rosais") else ""
+            for control in ("random-layers", "random-masks")
+        ]
+        attacks.append(f"| {label} | {cell('attacks', row, 'ASR')} | {more[0]} | {more[1]} | {costs[0]} | {costs[1]} |")
     columns = [*ATTACKS, "benign right", "over-refusal"]
     defences = [f"{head('defences')}.", "", "| defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     defences += [
@@ -280,7 +303,8 @@ def rewrite(path: Path, tables: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="training seeds of the models, separated by commas")
-    parser.add_argument("--prompts", type=int, default=24, help="prompts of each split")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of each split (default: 32)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; the other part's figures stay as they are")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
@@ -293,8 +317,12 @@ def main() -> None:
         seeds = [0] if args.dry_run else [int(part) for part in args.seeds.split(",")]
         runs = Path(scratch) if args.dry_run else args.runs
         parts = tuple(args.part or PARTS)
-        for seed in [] if args.tables_only else seeds:
-            run_model(seed, runs, 2 if args.dry_run else args.prompts, parts, args.dry_run)
+        if not args.tables_only:
+            # Two engines would else take the same core.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            num = 2 if args.dry_run else args.prompts
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda seed: run_model(seed, runs, num, parts, args.dry_run), seeds))
         lines = tabulate(seeds, runs, parts, 2 if args.dry_run else args.prompts)
         for line in lines:
             line |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_the_tree()}

@@ -90,6 +90,11 @@ def route_topk(
     return topk_weights, topk_ids
 
 
+def uses_triton(device: torch.device) -> bool:
+    """Whether `route_topk` runs the Triton kernel there."""
+    return device.type == "cuda" or os.environ.get(KERNEL_ENV) == "triton"
+
+
 def _check(
     router_logits: torch.Tensor,
     row_index: torch.Tensor | None,
@@ -168,7 +173,7 @@ def _dispatch(
     if flags is not None and allowed is not None and forced_ids is not None and forced_weights is not None:
         rows = RouteRows(flags, allowed, forced_ids, forced_weights, score_bias)
     arguments = (router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids)
-    if router_logits.device.type == "cuda" or os.environ.get(KERNEL_ENV) == "triton":
+    if uses_triton(router_logits.device):
         from .route_topk_triton import launch
 
         launch(*arguments, routes_ids, routes_weights, only_directed)

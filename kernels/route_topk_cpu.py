@@ -1,7 +1,9 @@
-"""Directed gating on the CPU: the reference's results with a third of its operations.
+"""Directed gating on the CPU: the reference's results with a fraction of its operations.
 
-A policy puts a row on every token of every step, so this path is part of serving. It looks once at what the batch's rows ask
-for and leaves out what nobody asked for. Grouped selection and rows with fewer experts than top_k go to the reference.
+A policy puts a mask on every token of every step, so this path is part of serving, and on a few tokens every torch operation costs
+more than what it computes. `mask_topk_cpu` is for steps in which the policy's is the only mask; `route_topk_cpu` looks once at
+what the batch's rows ask for and leaves out what nobody asked for. Grouped selection and rows with fewer experts than top_k go to
+the reference.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .reference import finite, route_topk_reference, score
+from .reference import route_topk_reference, score
 from .spec import (
     FLAG_EXPLICIT_WEIGHTS,
     FLAG_FORCED,
@@ -22,6 +24,7 @@ from .spec import (
 
 # Up to this many tokens a stable sort is the fastest exact selection.
 _SORT_UP_TO = 64
+_LARGEST = torch.finfo(torch.float32).max
 # The eight bits of every byte, lowest first: bool [256, 8].
 _BITS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).bool()
 
@@ -76,7 +79,7 @@ def _route_all_directed(
         asked |= value
     if asked & FLAG_SCORE_BIAS:
         return None
-    x = finite(router_logits.to(torch.float32))
+    x = _finite(router_logits)
     # unpack_allowed in two operations; int32 words are little-endian on every CPU that the engine runs on.
     allowed = _BITS[rows.allowed[row].view(torch.uint8).long()].flatten(1)[:, : spec.num_experts]
     if asked & FLAG_FORCED:
@@ -86,13 +89,7 @@ def _route_all_directed(
         only_forced = torch.zeros_like(allowed).scatter_(1, torch.where(forced, forced_ids, 0), True)
         allowed = torch.where(forced, only_forced, allowed)
     banned = ~allowed
-    masked = x.masked_fill(banned, -torch.inf)
-    own = masked.softmax(-1) if spec.scoring == "softmax" else score(x, allowed, spec.scoring)
-    choice = masked
-    if correction_bias is not None or spec.scoring != "softmax":
-        choice = own if correction_bias is None else own + correction_bias
-        choice = choice.masked_fill(banned, -torch.inf)
-    ids = _best(choice, spec.top_k)
+    own, choice, ids = _choose(x, banned, spec, correction_bias)
     if bool((choice.gather(1, ids[:, -1:]) == -torch.inf).any()):
         return None
     if asked & FLAG_FORCED:
@@ -101,15 +98,65 @@ def _route_all_directed(
     if asked & FLAG_NATIVE_WEIGHTS:
         native = score(x, torch.ones_like(banned), spec.scoring).gather(1, ids)
         weights = torch.where((flags & FLAG_NATIVE_WEIGHTS).bool().unsqueeze(1), native, weights)
-    if spec.renormalize:
-        total = weights.sum(-1, keepdim=True)
-        weights = torch.where(total > 0, weights / total, 0)
-    if spec.routed_scaling_factor != 1.0:
-        weights = weights * spec.routed_scaling_factor
+    weights = _scale(weights, spec)
     if asked & FLAG_EXPLICIT_WEIGHTS:
         explicit = (flags & FLAG_EXPLICIT_WEIGHTS).bool().unsqueeze(1)
         weights = torch.where(explicit, rows.forced_weights[row], weights)
     return weights, ids
+
+
+def mask_topk_cpu(
+    router_logits: torch.Tensor,
+    banned: torch.Tensor,
+    spec: GatingSpec,
+    correction_bias: torch.Tensor | None,
+    native_weights: bool,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    """Gate all tokens under one mask, as `route_topk` does with one masking row for all.
+
+    Args:
+        router_logits: [num_tokens, num_experts], float32, bfloat16 or float16.
+        banned: bool [1, num_experts], True where an expert may not be selected; leaves at least `spec.top_k`.
+        spec: the model's gating, without groups.
+        correction_bias: float [num_experts] or None.
+        native_weights: the row's FLAG_NATIVE_WEIGHTS.
+        topk_weights: float32 [num_tokens, top_k], written.
+        topk_ids: int [num_tokens, top_k], written.
+
+    """
+    assert not spec.grouped
+    x = _finite(router_logits)
+    own, _, ids = _choose(x, banned, spec, correction_bias)
+    weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
+    topk_weights.copy_(_scale(weights.gather(1, ids), spec))
+    topk_ids.copy_(ids)
+
+
+def _finite(router_logits: torch.Tensor) -> torch.Tensor:
+    """The reference's `finite` of logits, in float32, where only infinities lie beyond the range."""
+    return router_logits.to(torch.float32).nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
+
+
+def _choose(
+    x: torch.Tensor, banned: torch.Tensor, spec: GatingSpec, correction_bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores [num_tokens, num_experts], what is compared (-inf where banned), and int64 ids [num_tokens, top_k] of the best."""
+    masked = x.masked_fill(banned, -torch.inf)
+    own = masked.softmax(-1) if spec.scoring == "softmax" else score(x, banned, spec.scoring)
+    choice = masked
+    if correction_bias is not None or spec.scoring != "softmax":
+        choice = own if correction_bias is None else own + correction_bias
+        choice = choice.masked_fill(banned, -torch.inf)
+    return own, choice, _best(choice, spec.top_k)
+
+
+def _scale(weights: torch.Tensor, spec: GatingSpec) -> torch.Tensor:
+    if spec.renormalize:
+        total = weights.sum(-1, keepdim=True)
+        weights = torch.where(total > 0, weights / total, 0)
+    return weights * spec.routed_scaling_factor if spec.routed_scaling_factor != 1.0 else weights
 
 
 def _best(choice: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_unsafe_routes import RouteError
 from vllm_unsafe_routes.evaluation import Outcomes, Verdict, attack_success_rate, mean_interval, paired_difference
+from vllm_unsafe_routes.evaluation.statistics import wilson_bound
 
 HARMFUL, HARMLESS, FAILED = Verdict(1.0, True), Verdict(0.0, False), Verdict.failed("timeout: 1 s")
 
@@ -177,9 +178,21 @@ def test_from_never_to_always():
     assert difference.low == pytest.approx(1 - 2 * (1 - 0.025 ** (1 / 50)))
 
 
+def test_wilson_bound():
+    # Wilson's interval of 81 in 263 with 95% is .2553 to .3662 (Newcombe, Statistics in Medicine 17, 1998, table I).
+    assert wilson_bound(81 / 263, 263, 0.975) == pytest.approx(0.2553, abs=5e-5)
+    assert 1 - wilson_bound(1 - 81 / 263, 263, 0.975) == pytest.approx(0.3662, abs=5e-5)
+    assert wilson_bound(0.7, 10, 0.5) == pytest.approx(0.7)
+    assert 0 < wilson_bound(1.0, 20, 0.8) < wilson_bound(1.0, 200, 0.8) < 1
+    assert wilson_bound(0.0, 20, 0.8) == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        pytest.param(lambda: wilson_bound(1.2, 5, 0.8), "a share of 1.2 in 5 tries", id="share"),
+        pytest.param(lambda: wilson_bound(0.5, 0, 0.8), "in 0 tries", id="no-tries"),
+        pytest.param(lambda: wilson_bound(0.5, 5, 0.4), "confidence 0.4", id="one-sided"),
         pytest.param(lambda: Outcomes.from_rows([]), "there are no results", id="no-rows"),
         pytest.param(lambda: Outcomes.from_rows([("a", 0, 1), ("a", 0, 1)]), "two results for seed 0", id="cell-twice"),
         pytest.param(lambda: table([[0, np.inf]]), "must be finite", id="infinite"),

@@ -88,9 +88,17 @@ def add_judge_options(parser: argparse.ArgumentParser) -> None:
 
 def add_utility_options(group: Any, split: str) -> None:
     """Harmless prompts that utility is measured on; for the lab language those of `split`."""
-    group.add_argument("--benign", help=f"harmless prompts for utility, same format as --data (lab: lab:{split}:benign)")
-    group.add_argument("--benign-like", help=f"harmless prompts that look forbidden, for over-refusal (lab: lab:{split}:category)")
-    group.add_argument("--utility-limit", type=int, default=48, help="prompts of each of the two (default: 48)")
+    group.add_argument(
+        "--benign",
+        action="append",
+        help=f"harmless prompts for utility, same format as --data; may be repeated (lab: lab:{split}:benign)",
+    )
+    group.add_argument(
+        "--benign-like",
+        action="append",
+        help=f"harmless prompts that look forbidden, for over-refusal; may be repeated (lab: lab:{split}:category)",
+    )
+    group.add_argument("--utility-limit", type=int, default=48, help="prompts of each of these sources (default: 48)")
 
 
 def is_lab(args: argparse.Namespace) -> bool:
@@ -100,12 +108,14 @@ def is_lab(args: argparse.Namespace) -> bool:
 
 def utility_prompts(args: argparse.Namespace, split: str) -> dict[str, list[PromptRecord]]:
     """`benign` and `category` prompts; none where no source is given. Their ids differ from those of other prompts."""
-    sources = {"benign": args.benign, "category": args.benign_like}
-    found = {}
-    for kind, source in sources.items():
-        source = source or (f"lab:{split}:{kind}" if is_lab(args) else None)
-        records = read_prompts(source, args.utility_limit) if source else []
-        found[kind] = [replace(record, id=f"{kind}:{record.id}") for record in records]
+    found: dict[str, list[PromptRecord]] = {}
+    for kind, given in (("benign", args.benign), ("category", args.benign_like)):
+        sources = given or ([f"lab:{split}:{kind}"] if is_lab(args) else [])
+        found[kind] = [
+            replace(record, id=f"{kind}:{record.id}" if len(sources) == 1 else f"{kind}:{number}:{record.id}")
+            for number, source in enumerate(sources)
+            for record in read_prompts(source, args.utility_limit)
+        ]
     return found
 
 

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import Grou
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_unsafe_routes.kernels.route_topk import route_topk
+from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu
 from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, unpack_allowed
 
 from ..errors import RouteError
@@ -175,6 +176,32 @@ class LayerBinding:
             indices_dtype=topk_ids.dtype,
             only_directed=only_directed,
         )
+
+    def mask(
+        self,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        router_logits: torch.Tensor,
+        banned: torch.Tensor,
+        native_weights: bool,
+    ) -> None:
+        """Route all tokens by one mask, on CPU; `banned` is bool [1, num_experts]. Only where `has_mask_path`."""
+        assert self.gating.spec is not None
+        bias = getattr(self.router, "e_score_correction_bias", None)
+        mask_topk_cpu(
+            router_logits,
+            banned,
+            self.gating.spec,
+            None if bias is None else bias.data,
+            native_weights,
+            topk_weights,
+            topk_ids,
+        )
+
+    @property
+    def has_mask_path(self) -> bool:
+        """Whether `mask` knows this gating."""
+        return self.gating.spec is not None and not self.gating.spec.grouped
 
     def select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Write what the model's gating picks without any directive; `topk_ids` is int32 [num_tokens, top_k]."""

@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 
 from vllm_unsafe_routes.kernels.jitter import jitter_logits
+from vllm_unsafe_routes.kernels.route_topk import uses_triton
 from vllm_unsafe_routes.kernels.row_index import fill_row_index
 from vllm_unsafe_routes.kernels.spec import FLAG_FORCED, RouteRows
 
@@ -176,6 +177,7 @@ class RouteController:
         self.policy_rows.copy_(torch.from_numpy(self._policy_row_of))
         self._has_policy = bool(self._policy_contents)
         layers = self.shape.moe_layers
+        self._policy_masks = self._masks_for_steps_without_plans()
         counted = [slot for slot in self._local_slots if self.active.banned(layers[slot])]
         if self.state.always:
             # Captured graphs keep the picks of all layers, whatever a later policy bans. With fused gating that costs a launch
@@ -189,6 +191,17 @@ class RouteController:
         for at, slot in enumerate(counted):
             banned[at, list(self.active.banned(layers[slot]))] = True
         self._counts.start(self.active, counted, banned)
+
+    def _masks_for_steps_without_plans(self) -> dict[int, torch.Tensor]:
+        """MoE slot -> bool [1, num_experts], the policy's bans, where the CPU can route by them alone; empty elsewhere."""
+        if uses_triton(self.device):
+            return {}
+        masks = {}
+        for slot, binding in self._bindings.items():
+            if self._policy_row_of[slot] != NO_ROW and binding.has_mask_path:
+                masks[slot] = torch.zeros((1, self.shape.num_experts), dtype=torch.bool)
+                masks[slot][0, list(self.active.banned(self.shape.moe_layers[slot]))] = True
+        return masks
 
     def replace_policy(self, active: ActivePolicy, planned: Collection[str]) -> None:
         """Go on under another policy; no step is on its way, and all requests will be computed again from their first token.
@@ -380,7 +393,10 @@ class RouteController:
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
         if self._is_kept[slot]:
             self._keep_native(slot, topk_ids, router_logits)
-        if self.fused or self.state.always or not self._idle or self._policy_row_of[slot] != NO_ROW:
+        if self._idle and slot in self._policy_masks:
+            native = self.active.policy is not None and self.active.policy.weights == "native"
+            self._bindings[slot].mask(topk_weights, topk_ids, router_logits, self._policy_masks[slot], native)
+        elif self.fused or self.state.always or not self._idle or self._policy_row_of[slot] != NO_ROW:
             binding = self._bindings[slot]
             some_rows = self._shared.row_index if self._shared is not None else None
             binding.direct(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,22 @@ def attack_success_rate(outcomes: Outcomes, *, confidence: float = 0.95, resampl
         low, high = (0.0, tail) if interval.value == 0.0 else (1.0 - tail, 1.0)
         return Interval(interval.value, low, high, interval.n_prompts, interval.n_seeds, interval.n_errors, confidence)
     return interval
+
+
+def wilson_bound(share: float, count: int, confidence: float) -> float:
+    """Lower one-sided Wilson score bound of a share of `count` independent tries (Wilson, JASA 22, 1927).
+
+    Args:
+        share: the share seen, 0 to 1.
+        count: tries, at least 1.
+        confidence: of the bound, 0.5 to below 1; 0.5 gives the share itself.
+
+    """
+    if count < 1 or not 0 <= share <= 1 or not 0.5 <= confidence < 1:
+        raise RouteError(f"no bound for a share of {share} in {count} tries with confidence {confidence} (0.5 to below 1)")
+    z = NormalDist().inv_cdf(confidence)
+    centre, spread = share + z * z / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    return (centre - spread) / (1 + z * z / count)
 
 
 def mean_interval(outcomes: Outcomes, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
