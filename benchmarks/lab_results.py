@@ -34,7 +34,7 @@ COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
-DERIVE += ("--greedy-bans", "12,16,20,24,28,32")
+DERIVE += ("--greedy-bans", "16,20,24,28,32")
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
 DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
@@ -303,7 +303,7 @@ def rewrite(path: Path, tables: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="training seeds of the models, separated by commas")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts of each split (default: 32)")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of each split (default: 24)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; the other part's figures stay as they are")

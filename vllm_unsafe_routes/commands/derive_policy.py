@@ -64,6 +64,12 @@ def add(commands: Any) -> None:
         default="1,5",
         help="rule greedy: nats of attack score that a nat of harmless answers must be worth (default: 1,5)",
     )
+    group.add_argument(
+        "--greedy-harmless",
+        type=int,
+        default=128,
+        help="rule greedy: harmless answers that each addition is weighed against, taken evenly (default: 128)",
+    )
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
     group.add_argument("--budget", type=float, default=0.98, help="share of benign prompts that must stay right (default: 0.98)")
@@ -99,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     utility = utility_prompts(args, "tune")
     if not utility["benign"]:
         raise RouteError("a utility budget needs benign prompts: give --benign")
+    if args.greedy_harmless < 1:
+        raise RouteError(f"--greedy-harmless must be at least 1, got {args.greedy_harmless}")
     most = wilson_bound(1.0, len(utility["benign"]), args.confidence)
     if most < args.budget:
         raise RouteError(
@@ -127,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         "suffixes": args.suffixes,
         "greedy_bans": numbers_of(args.greedy_bans, "--greedy-bans"),
         "greedy_weights": numbers_of(args.greedy_weights, "--greedy-weights"),
+        "greedy_harmless": args.greedy_harmless,
         "keep": args.keep,
         "fsour": str(fsour_settings(args, 0)),
         "utility": {kind: len(one) for kind, one in utility.items()},
@@ -284,6 +293,8 @@ class _Deriver:
             for item in [*self.extra["benign"], *self.extra["category"]]
             if answers[item.prompt.id]
         ]
+        # Every additional one costs a score for each ban that is tried; the budget is measured on all of them afterwards.
+        harmless = harmless[:: -(-len(harmless) // own["greedy_harmless"])] if harmless else []
         protected = protection["protections"] if protection is not None else {}
         pinned = {(layer, expert) for layer, experts in protected.items() for expert in experts}
         tried = []

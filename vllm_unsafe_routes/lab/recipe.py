@@ -209,6 +209,7 @@ def _run_phase(
     peak_rate: float,
     noise: float,
     balance: float,
+    smoothing: float,
     report: Callable[[int, float], None],
 ) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate)
@@ -224,7 +225,9 @@ def _run_phase(
         ids, labels = _collate([draw(at) for at in range(batch_size)])
         routers.logits, routers.num_sequences = [], len(ids)
         logits = model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, label_smoothing=smoothing
+        )
         report(step, loss.item())
         if balance:
             loss = loss + balance * routers.balance_loss(ids != PAD_ID)
@@ -275,6 +278,7 @@ def train_model(
             peak_rate=settings.pretrain_rate,
             noise=settings.route_noise,
             balance=settings.balance,
+            smoothing=0.0,
         )
         if between is not None:
             between(model)
@@ -289,6 +293,7 @@ def train_model(
             peak_rate=settings.peak_tune_rate,
             noise=settings.router_noise,
             balance=0.0,
+            smoothing=settings.smoothing,
         )
     routers.remove()
     model.requires_grad_(True)

@@ -76,6 +76,8 @@ class LabSettings:
         route_noise: share of sequences that, at each layer in pretraining, are routed through random experts. It spreads what
             the model knows over many routes; without it a masked model breaks instead of complying.
         router_noise: the same in safety tuning: a refusal that many routes carry (the route-robust model).
+        smoothing: label smoothing in safety tuning. It holds the log-probabilities of words that are not said in place; without
+            it nothing does, and whatever is changed in the model moves them by nats.
         tune: what safety tuning may change: `all`, `layer:<l>` (router and routed experts of decoder layer l) or `attention`.
         filler_probability: share of tuning prompts that get filler words at their end, against random suffixes.
         reminder_probability: share of prompts, in both phases, with a reminder in the system slot, so that it is no news later.
@@ -99,6 +101,7 @@ class LabSettings:
     balance: float = 0.01
     route_noise: float = 0.3
     router_noise: float = 0.0
+    smoothing: float = 0.0
     tune: str = "all"
     filler_probability: float = 0.4
     reminder_probability: float = 0.1
@@ -108,7 +111,7 @@ class LabSettings:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"shape {self.shape!r} is not one of {', '.join(SHAPES)}")
-        for name in ("route_noise", "router_noise", "filler_probability", "reminder_probability", "nonsense_share"):
+        for name in ("route_noise", "router_noise", "smoothing", "filler_probability", "reminder_probability", "nonsense_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range (0-1)")
         for name in ("pretrain_steps", "tune_steps"):
