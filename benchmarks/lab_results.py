@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,15 +29,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PARTS = ("attacks", "defences")
+# Parts and their prompts; a matrix has many cells.
+PARTS = {"attacks": 48, "defences": 24}
 STRATEGIES = ("paper", "code", "adaptive")
 COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "prompts", "models", "errors")
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
-DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "2,3", "--greedy-weights", "1,5")
-DERIVE += ("--greedy-bans", "16,20,24,28,32")
+DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "1,2,3", "--greedy-bans", "8,16,24,28,32,36,40")
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
 DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
+DERIVE += ("--keep", "3")
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
@@ -59,12 +61,23 @@ def model_of(seed: int, runs: Path, preset: str = "default") -> str:
 
 
 def unsafe_routes(*words: Any) -> None:
-    print(datetime.now(UTC).strftime("%H:%M:%S"), "$ unsafe-routes", *words, flush=True)
+    # One write a line: models run beside each other.
+    sys.stdout.write(f"{datetime.now(UTC):%H:%M:%S} $ unsafe-routes {shlex.join(map(str, words))}\n")
+    sys.stdout.flush()
     subprocess.run([Path(sys.executable).parent / "unsafe-routes", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
-def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bool) -> None:
-    """All campaigns of one model. The model's seed is the attacks' seed too."""
+def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, ...], small: bool) -> None:
+    """All campaigns of one model. The model's seed is the attacks' seed too.
+
+    Args:
+        seed: the model's.
+        runs: folder of models and campaigns.
+        prompts: number of prompts of every part, whichever parts run.
+        parts: keys of `PARTS`.
+        small: a dry run.
+
+    """
     model, out = model_of(seed, runs), runs / f"seed-{seed}"
     shared = ["--dtype", "float32", "--seeds", seed]
     common = ["--model", model, *shared]
@@ -72,9 +85,11 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
     judged = [*common, *judging]
     masks = 4 if small else 100
     unsafe_routes(
-        *["rosais", *common, "--data", "lab:search", "--limit", num, "--masks", masks, "--same-masks", "--out", out / "rosais"]
+        *["rosais", *common, "--data", "lab:search", "--limit", max(prompts.values()), "--masks", masks, "--same-masks"],
+        *["--out", out / "rosais"],
     )
     if "attacks" in parts:
+        num = prompts["attacks"]
         unsafe_routes(
             *["mask-attack", *judged, "--data", "lab:test", "--limit", num, "--rosais", out / "rosais", "--masks", masks],
             *["--layers", ",".join(map(str, LEVELS)), "--out", out / "masks"],
@@ -85,6 +100,7 @@ def run_model(seed: int, runs: Path, num: int, parts: tuple[str, ...], small: bo
                 *["--draws", 2 if small else 10, "--out", out / f"fsour-{strategy}"],
             )
     if "defences" in parts:
+        num = prompts["defences"]
         unsafe_routes(
             *["fsour", *judged, "--data", "lab:search", "--limit", num, "--strategy", "adaptive", "--out", out / "fsour-search"],
         )
@@ -153,7 +169,7 @@ def defence_name(name: str) -> str:
     return re.sub(r"policy:\S*policy\.json", "derived policy", name).replace("+", " + ")
 
 
-def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int) -> list[dict[str, Any]]:
+def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict[str, int]) -> list[dict[str, Any]]:
     """One line a figure, with intervals over prompts and models; a model whose cell is not finished is left out of it."""
     from vllm_unsafe_routes.evaluation.statistics import Outcomes, attack_success_rate, paired_difference
 
@@ -163,7 +179,7 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: int)
         for table, row, column, prompt, success in rows_of(runs / f"seed-{seed}"):
             of_model.setdefault((table, row, column), []).append((prompt, success))
         for (table, row, column), found in of_model.items():
-            if len(found) < prompts:
+            if len(found) < prompts[table]:
                 continue
             keys = [(table, row, column)]
             if table == "defences" and row in BY_MODEL:
@@ -252,7 +268,7 @@ def markdown(lines: list[dict[str, Any]], models: int) -> dict[str, str]:
     def head(table: str) -> str:
         line = next((one for one in lines if one["table"] == table), None)
         if line is None:
-            return "Not measured."
+            return "Not measured"
         return f"{line['models']} models (training seeds), {line['prompts']} prompts each, {line['date']}"
 
     attacks = [
@@ -303,10 +319,12 @@ def rewrite(path: Path, tables: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="training seeds of the models, separated by commas")
-    parser.add_argument("--prompts", type=int, default=24, help="prompts of each split (default: 24)")
+    parser.add_argument("--prompts", type=int, help="prompts of each split (default: 48 for attacks, 24 for defences)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; the other part's figures stay as they are")
+    parser.add_argument(
+        "--part", choices=list(PARTS), action="append", help="only this part; the other part's figures stay as they are"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
     parser.add_argument("--rewrite", type=Path, action="append", default=[], help="rewrite the tables that this file has marks for")
     parser.add_argument("--tables-only", action="store_true", help="run nothing: make the tables of what is finished")
@@ -317,13 +335,14 @@ def main() -> None:
         seeds = [0] if args.dry_run else [int(part) for part in args.seeds.split(",")]
         runs = Path(scratch) if args.dry_run else args.runs
         parts = tuple(args.part or PARTS)
+        num = 2 if args.dry_run else args.prompts
+        prompts = PARTS if num is None else dict.fromkeys(PARTS, num)
         if not args.tables_only:
             # Two engines would else take the same core.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            num = 2 if args.dry_run else args.prompts
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda seed: run_model(seed, runs, num, parts, args.dry_run), seeds))
-        lines = tabulate(seeds, runs, parts, 2 if args.dry_run else args.prompts)
+                list(pool.map(lambda seed: run_model(seed, runs, prompts, parts, args.dry_run), seeds))
+        lines = tabulate(seeds, runs, parts, prompts)
         for line in lines:
             line |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_the_tree()}
         if not args.dry_run and args.out.exists():

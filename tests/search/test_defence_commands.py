@@ -107,7 +107,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
         40,
     ]
     derive += ["--utility-limit", 6, "--suffixes", 1, "--rule", "protect", "--rule", "greedy", "--protections", 1]
-    derive += ["--greedy-bans", "1,2", "--greedy-weights", 1, "--keep", 1, "--out", derived]
+    derive += ["--greedy-bans", "1,2", "--keep", 1, "--out", derived]
     derive += ["--benign", "lab:search:benign", "--benign", "lab:tune:benign"]
     assert main([str(one) for one in [*derive, "--confidence", 0.8]]) == 2
     assert "12 benign prompts, all right, show a share of 0.944 with confidence 0.8, below the budget" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
     names = [record["name"] for record in kept.values() if record["type"] == "candidate"]
     assert {"none", "protect/1"} <= set(names) and policy.provenance["rule"] in names
     if any(record["type"] == "suffixes" and any(row[3] for row in record["found"]) for record in kept.values()):
-        assert {"greedy-1/1", "greedy-1/2"} <= set(names)
+        assert {f"greedy-{share}/{size}" for share in ("0.99", "0.98") for size in (1, 2)} <= set(names)
         (answers,) = (record["answers"] for record in kept.values() if record["type"] == "answers")
         assert len(answers) == 2 * 6 + 6, "both sources of benign prompts, and the lab's own of the other kind"
     assert policy.provenance["runs"] == [str(scored)] and policy.provenance["measured"]["benign"] >= 0.98

@@ -60,9 +60,10 @@ def add(commands: Any) -> None:
     group.add_argument("--bans", default="2,4,6", help="bans a layer to try (default: 2,4,6)")
     group.add_argument("--greedy-bans", default="8,16,24,32", help="rule greedy: bans in all to try (default: 8,16,24,32)")
     group.add_argument(
-        "--greedy-weights",
-        default="1,5",
-        help="rule greedy: nats of attack score that a nat of harmless answers must be worth (default: 1,5)",
+        "--greedy-weight",
+        type=float,
+        default=1.0,
+        help="rule greedy: nats of attack score that a nat of harmless answers must be worth (default: 1)",
     )
     group.add_argument(
         "--greedy-harmless",
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         "suffix": not args.no_suffix,
         "suffixes": args.suffixes,
         "greedy_bans": numbers_of(args.greedy_bans, "--greedy-bans"),
-        "greedy_weights": numbers_of(args.greedy_weights, "--greedy-weights"),
+        "greedy_weight": args.greedy_weight,
         "greedy_harmless": args.greedy_harmless,
         "keep": args.keep,
         "fsour": str(fsour_settings(args, 0)),
@@ -298,20 +299,20 @@ class _Deriver:
         protected = protection["protections"] if protection is not None else {}
         pinned = {(layer, expert) for layer, experts in protected.items() for expert in experts}
         tried = []
-        for weight in own["greedy_weights"]:
-            # Half of what the budget lets go: the rest is for prompts that were not seen.
-            settings = GreedySettings(max_bans=max(own["greedy_bans"]), budget=(1 + self.args.budget) / 2, utility_weight=weight)
-            so_far = [record for record in self.campaign.records() if record["type"] == "addition" and record["weight"] == weight]
+        # Once with half of what the budget lets go, once with all of it: which is better is measured like everything else.
+        for share in sorted({(1 + self.args.budget) / 2, self.args.budget}, reverse=True):
+            settings = GreedySettings(max(own["greedy_bans"]), budget=share, utility_weight=self.args.greedy_weight)
+            so_far = [record for record in self.campaign.records() if record["type"] == "addition" and record["share"] == share]
             search = greedy_bans(self.bench.backend, opened, harmless, self.layers, settings, pinned, so_far)
 
-            def note(_: Any, value: Mapping[str, Any], weight: int = weight) -> None:
-                self.campaign.append(("greedy", weight, value["number"]), {**value, "weight": weight})
+            def note(_: Any, value: Mapping[str, Any], share: float = share) -> None:
+                self.campaign.append(("greedy", share, value["number"]), {**value, "share": share})
 
             ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
             for size in own["greedy_bans"]:
                 if size <= len(added):
                     chosen = rules.take(added[:size], size, self.layers)
-                    tried.append(self._try(f"greedy-{weight}/{size}", chosen, {}))
+                    tried.append(self._try(f"greedy-{share:.3g}/{size}", chosen, {}))
         return tried
 
     def _own_answers(self) -> dict[str, Any]:

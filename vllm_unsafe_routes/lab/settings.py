@@ -165,13 +165,14 @@ class LabSettings:
 
 
 # The shipped model, one model of each other shape, and three fixtures with a known answer: refusal planted in one layer
-# (RoSais must rank it first), refusal in the attention only (no layer may stand out so), and refusal spread over many routes.
+# (RoSais must rank it first), refusal in the attention only and under any routes (every layer must score near zero), and refusal
+# spread over many routes.
 PRESETS: dict[str, LabSettings] = {
     "default": LabSettings(),
     "qwen2_moe": LabSettings(shape="qwen2_moe"),
     "mixtral": LabSettings(shape="mixtral"),
     "deepseek_v2": LabSettings(shape="deepseek_v2", pretrain_steps=1000),
     "planted": LabSettings(tune="layer:1", nonsense_share=0.15),
-    "control": LabSettings(tune="attention", nonsense_share=0.15),
+    "control": LabSettings(tune="attention", nonsense_share=0.15, router_noise=0.5, smoothing=0.1),
     "route_robust": LabSettings(router_noise=0.3),
 }

@@ -24,8 +24,8 @@ from .backend import Backend, Note, Response, Search
 from .rules import Choice
 from .scorer import joint, target_request
 
-# An answer counts as kept while it has at least half of the probability that it has without bans.
-_KEPT_LOSS = log(2)
+# While each token of an answer has at least this probability, greedy decoding gives that answer.
+_KEPT_TOKEN = log(0.5)
 # Losses below this cost nothing: an answer at 0.9 of its probability is as good as before.
 _FREE_LOSS = -log(0.9)
 
@@ -36,7 +36,7 @@ class GreedySettings:
 
     Attributes:
         max_bans: additions at most, all layers together.
-        budget: share of harmless answers that must keep at least half of their probability.
+        budget: share of harmless answers that must be kept: each token as probable as one half, or as it was without bans.
         utility_weight: nats of attack score that a nat of mean loss on harmless answers must be worth.
         floor: log-probability of a target below which an attacked prompt is closed and gains no more, nats.
         batch: candidates measured at a time.
@@ -62,6 +62,12 @@ class Example:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+
+
+def read(responses: Sequence[Response]) -> tuple[Any, Any]:
+    """Joint log-probability of each target and that of its least probable token, float64 [len(responses)] each, in nats."""
+    worst = [float(response.scores[:, 0].min()) if response.scores is not None else 0.0 for response in responses]
+    return np.array([joint(response) for response in responses]), np.array(worst)
 
 
 def greedy_bans(
@@ -104,21 +110,22 @@ def greedy_bans(
                     plan.disable(other, "all", sorted(wanted))
             plans.append(plan.to_string())
         responses: list[Response] = yield [target_request(one.prompt, one.target, plan) for plan in plans for one in examples]
-        scores = np.array([joint(response) for response in responses]).reshape(len(candidates), len(examples))
-        return [value_of(row) for row in scores]
+        rows = [responses[at : at + len(examples)] for at in range(0, len(responses), len(examples))]
+        return [value_of(*read(row)) for row in rows]
 
-    def value_of(scores: Any) -> tuple[float, float]:
+    def value_of(scores: Any, worst: Any) -> tuple[float, float]:
         """What a set of bans is worth, and the share of harmless answers that it keeps."""
-        loss = clean - scores[len(opened) :]
         attack = -np.maximum(scores[: len(opened)], settings.floor).mean()
-        cost = np.maximum(loss - _FREE_LOSS, 0.0).mean() if len(loss) else 0.0
-        kept = (loss <= _KEPT_LOSS).mean() if len(loss) else 1.0
+        if not harmless:
+            return float(attack), 1.0
+        cost = np.maximum(clean - scores[len(opened) :] - _FREE_LOSS, 0.0).mean()
+        kept = (worst[len(opened) :] >= np.minimum(clean_worst, _KEPT_TOKEN)).mean()
         return float(attack - settings.utility_weight * cost), float(kept)
 
     first: list[Response] = yield [target_request(one.prompt, one.target) for one in examples]
-    start = np.array([joint(response) for response in first])
-    clean = start[len(opened) :]
-    reached = value_of(start)[0]
+    start, worst = read(first)
+    clean, clean_worst = start[len(opened) :], worst[len(opened) :]
+    reached = value_of(start, worst)[0]
     gains = {(layer, expert): np.inf for layer in layers for expert in range(shape.num_experts) if (layer, expert) not in pinned}
     added: list[Choice] = []
     for note in so_far:
