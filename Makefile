@@ -58,6 +58,7 @@ lint: setup
 	$(BIN)/mypy vllm_unsafe_routes kernels
 
 bench: setup
+	$(BIN)/python benchmarks/policy_serving.py --out benchmarks/results/policy_serving_cpu.csv
 	$(BIN)/python benchmarks/serving_cost.py --out benchmarks/results/serving_cost_cpu.csv --readme README.md
 	$(BIN)/python benchmarks/search_speed.py --memory --out benchmarks/results/search_speed_cpu.csv
 	$(BIN)/python benchmarks/search_speed.py --out benchmarks/results/search_speed_cpu.csv --readme README.md

@@ -38,7 +38,7 @@ LEVELS = (1, 2, 3)
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "1,2,3", "--greedy-bans", "8,16,24,28,32,36,40")
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
 DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
-DERIVE += ("--keep", "3")
+DERIVE += ("--greedy-harmless", "400", "--keep", "3")
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")

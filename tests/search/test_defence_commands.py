@@ -109,7 +109,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
     derive += ["--utility-limit", 6, "--suffixes", 1, "--rule", "protect", "--rule", "greedy", "--protections", 1]
     derive += ["--greedy-bans", "1,2", "--keep", 1, "--out", derived]
     derive += ["--benign", "lab:search:benign", "--benign", "lab:tune:benign"]
-    assert main([str(one) for one in [*derive, "--confidence", 0.8]]) == 2
+    assert main([str(one) for one in [*derive, "--confidence", 0.8]]) == 1
     assert "12 benign prompts, all right, show a share of 0.944 with confidence 0.8, below the budget" in capsys.readouterr().err
     command(*derive)
     out = capsys.readouterr().out

@@ -58,7 +58,9 @@ def add(commands: Any) -> None:
     group.add_argument("--rule", action="append", choices=_RULES, help="rules to try (default: all that the runs allow)")
     group.add_argument("--layers", type=int, default=5, help="top RoSais layers that the policy may touch (default: 5)")
     group.add_argument("--bans", default="2,4,6", help="bans a layer to try (default: 2,4,6)")
-    group.add_argument("--greedy-bans", default="8,16,24,32", help="rule greedy: bans in all to try (default: 8,16,24,32)")
+    group.add_argument(
+        "--greedy-bans", default="8,16,24,32", help="rule greedy: bans in all to try, beside as many as help (default: 8,16,24,32)"
+    )
     group.add_argument(
         "--greedy-weight",
         type=float,
@@ -309,10 +311,9 @@ class _Deriver:
                 self.campaign.append(("greedy", share, value["number"]), {**value, "share": share})
 
             ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
-            for size in own["greedy_bans"]:
-                if size <= len(added):
-                    chosen = rules.take(added[:size], size, self.layers)
-                    tried.append(self._try(f"greedy-{share:.3g}/{size}", chosen, {}))
+            for size in sorted({size for size in own["greedy_bans"] if size < len(added)} | {len(added)} - {0}):
+                chosen = rules.take(added[:size], size, self.layers)
+                tried.append(self._try(f"greedy-{share:.3g}/{size}", chosen, {}))
         return tried
 
     def _own_answers(self) -> dict[str, Any]:
