@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
 help:
 	@echo "make demo       RoSais, masking, F-SOUR and a report on the lab model, in the real vLLM engine (sets everything up first)"
-	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (under 40 minutes on two idle cores)"
+	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (two groups at a time)"
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make lint       ruff and mypy"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in README.md and docs/defence.md (an hour or two)"
@@ -33,16 +33,38 @@ $(STAMP): requirements/engine-cpu.txt requirements/dev.txt pyproject.toml setup.
 demo: setup
 	@$(ENV) $(BIN)/unsafe-routes demo 2>$(VENV)/demo.log || { cat $(VENV)/demo.log; exit 1; }
 
-# Several processes, because vLLM and Triton read their environment once: kernels under Triton's interpreter, the engine
-# with the V2 model runner (interpreted on CPU), the engine with the V1 runner.
+# Groups in processes of their own, because vLLM and Triton read their environment once: kernels under Triton's interpreter, the
+# engine with the V2 model runner (interpreted on CPU), the engine with the V1 runner. Two at a time, one thread each; the
+# longest first. A group's output comes when it ends.
+GROUPS := test-engine-v2 test-engine-v1 test-search test-campaign test-gpu test-kernels test-lab test-plans
+.PHONY: $(GROUPS)
+
 test: setup
+	@echo "$(words $(GROUPS)) groups of tests, two at a time; each prints when it has ended"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(GROUPS)
+
+test-plans: setup
 	$(ENV) $(PYTEST) tests/plans
+
+test-kernels: setup
 	$(ENV) $(PYTEST) tests/kernels
+
+test-campaign: setup
 	$(ENV) $(PYTEST) -m "not long" tests/campaign tests/evaluation tests/report
+
+test-gpu: setup
 	$(ENV) $(PYTEST) -m "not long" tests/gpu
+
+test-engine-v2: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v2 $(PYTEST) -m "not long and not v1_only" tests/engine
+
+test-engine-v1: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long and not v2_only" tests/engine
+
+test-search: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long and not v2_only" tests/search
+
+test-lab: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long" tests/lab
 
 test-long: setup
