@@ -161,11 +161,11 @@ def test_train_command_saves_a_folder_that_loads(tmp_path: Path, capsys):
     import transformers
 
     out = tmp_path / "model"
-    assert train.main(["--out", str(out), "--steps", "2", "--tune-steps", "1", "--seed", "3"]) == 0
+    assert train.main(["--out", str(out), "--steps", "2", "--tune-steps", "1", "--seed", "3", "--smoothing", "0.2"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["default_asr"] == 0.0
     record = json.loads((out / "lab.json").read_text(encoding="utf-8"))
-    assert LabSettings.from_dict(record["settings"]) == LabSettings(pretrain_steps=2, tune_steps=1, seed=3)
+    assert LabSettings.from_dict(record["settings"]) == LabSettings(pretrain_steps=2, tune_steps=1, seed=3, smoothing=0.2)
     transformers.AutoModelForCausalLM.from_pretrained(out)
     assert len(transformers.AutoTokenizer.from_pretrained(out)) == 7 + len(language.vocabulary())
 

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune-rate", type=float, help="learning rate of safety tuning")
     parser.add_argument("--route-noise", type=float, help="share of sequences with random routes in pretraining")
     parser.add_argument("--router-noise", type=float, help="share of sequences with random routes in safety tuning")
+    parser.add_argument("--smoothing", type=float, help="label smoothing in safety tuning")
     parser.add_argument("--held-out-nouns", type=int, help="forbidden nouns that safety tuning never sees")
 
 
@@ -36,7 +37,8 @@ def settings_of(args: argparse.Namespace) -> LabSettings:
         ValueError: a bad value.
 
     """
-    names = ("shape", "seed", "pretrain_steps", "tune_steps", "tune", "tune_rate", "route_noise", "router_noise", "held_out_nouns")
+    names = ("shape", "seed", "pretrain_steps", "tune_steps", "tune", "tune_rate", "route_noise", "router_noise", "smoothing")
+    names += ("held_out_nouns",)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(PRESETS[args.preset], **given)
 
