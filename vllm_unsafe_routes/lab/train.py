@@ -37,9 +37,9 @@ def settings_of(args: argparse.Namespace) -> LabSettings:
         ValueError: a bad value.
 
     """
-    names = ("shape", "seed", "pretrain_steps", "tune_steps", "tune", "tune_rate", "route_noise", "router_noise", "smoothing")
-    names += ("held_out_nouns",)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    of_training = ("shape", "seed", "pretrain_steps", "route_noise")
+    of_tuning = ("tune_steps", "tune", "tune_rate", "router_noise", "smoothing", "held_out_nouns")
+    given = {name: getattr(args, name) for name in (*of_training, *of_tuning) if getattr(args, name) is not None}
     return replace(PRESETS[args.preset], **given)
 
 
