@@ -171,7 +171,7 @@ PRESETS: dict[str, LabSettings] = {
     "default": LabSettings(),
     "qwen2_moe": LabSettings(shape="qwen2_moe"),
     "mixtral": LabSettings(shape="mixtral"),
-    "deepseek_v2": LabSettings(shape="deepseek_v2", pretrain_steps=1000),
+    "deepseek_v2": LabSettings(shape="deepseek_v2", pretrain_steps=1000, tune_steps=600),
     "planted": LabSettings(tune="layer:1", nonsense_share=0.15),
     "control": LabSettings(tune="attention", nonsense_share=0.15, router_noise=0.5, smoothing=0.1),
     "route_robust": LabSettings(router_noise=0.3),
