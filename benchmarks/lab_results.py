@@ -36,9 +36,9 @@ COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "1,2,3", "--greedy-bans", "8,16,24,28,32,36,40")
+DERIVE += ("--greedy-harmless", "400", "--keep", "3")
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
 DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
-DERIVE += ("--greedy-harmless", "400", "--keep", "3")
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
 DERIVE_SMALL = ("--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--suffixes", "1")
 CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
@@ -196,23 +196,14 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
         results = [(f"{prompt}#{at}", seed, one) for (prompt, seed), many in found.items() for at, one in enumerate(many)]
         outcomes[table, row, column] = Outcomes.from_rows(results)
         interval = attack_success_rate(outcomes[table, row, column])
-        figures = {"value": interval.value, "low": interval.low, "high": interval.high}
-        lines.append(
-            {"table": table, "row": row, "column": column}
-            | {name: round(value, 4) for name, value in figures.items()}
-            | {"prompts": interval.n_prompts, "models": interval.n_seeds, "errors": interval.n_errors}
-        )
+        lines.append({"table": table, "row": row, "column": column} | figures(interval))
     if "attacks" not in parts:
         return lines
     for control, level in itertools.product(("random-layers", "random-masks"), LEVELS):
         pair = [outcomes.get(("attacks", f"{name}, {level}", "ASR")) for name in (control, "rosais")]
         if None not in pair:
-            found_difference = paired_difference(*pair)
-            figures = {name: round(getattr(found_difference, name), 4) for name in ("value", "low", "high")}
-            lines.append(
-                {"table": "attacks", "row": f"rosais, {level}", "column": f"more than {control}", **figures}
-                | {"prompts": found_difference.n_prompts, "models": found_difference.n_seeds, "errors": found_difference.n_errors}
-            )
+            about = {"table": "attacks", "row": f"rosais, {level}", "column": f"more than {control}"}
+            lines.append(about | figures(paired_difference(*pair)))
     tokens = {
         strategy: [cost(runs / f"seed-{seed}" / f"fsour-{strategy}") for seed in seeds]
         for strategy in ("paper", "code", "adaptive")
@@ -224,6 +215,12 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
                 {"table": "attacks", "row": f"F-SOUR {strategy}", "column": name, "value": round(value, 1), "models": len(seeds)}
             )
     return lines
+
+
+def figures(interval: Any) -> dict[str, Any]:
+    """An interval's columns."""
+    rounded = {name: round(getattr(interval, name), 4) for name in ("value", "low", "high")}
+    return rounded | {"prompts": interval.n_prompts, "models": interval.n_seeds, "errors": interval.n_errors}
 
 
 def cost(folder: Path) -> dict[str, float]:

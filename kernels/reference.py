@@ -114,7 +114,9 @@ def route_topk_reference(
 def finite(values: torch.Tensor) -> torch.Tensor:
     """Clamp to the finite float32 range; NaN becomes the lowest."""
     largest = torch.finfo(torch.float32).max
-    return values.nan_to_num(nan=-largest, posinf=largest, neginf=-largest).clamp(-largest, largest)
+    values = values.nan_to_num(nan=-largest, posinf=largest, neginf=-largest)
+    # Nothing else of float32 lies outside.
+    return values if values.dtype == torch.float32 else values.clamp(-largest, largest)
 
 
 def score(values: torch.Tensor, among: torch.Tensor, scoring: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .reference import route_topk_reference, score
+from .reference import finite, route_topk_reference, score
 from .spec import (
     FLAG_EXPLICIT_WEIGHTS,
     FLAG_FORCED,
@@ -24,7 +24,6 @@ from .spec import (
 
 # Up to this many tokens a stable sort is the fastest exact selection.
 _SORT_UP_TO = 64
-_LARGEST = torch.finfo(torch.float32).max
 # The eight bits of every byte, lowest first: bool [256, 8].
 _BITS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).bool()
 
@@ -72,14 +71,14 @@ def _route_all_directed(
     """Weights and int64 ids of tokens that all have a row; None where only the reference knows the answer."""
     row = row_index.long()
     if int(row.min()) == int(row.max()):
-        row = row[:1]  # one row for all, as under a policy: its mask broadcasts
+        row = row[:1]  # one row for all: its mask broadcasts
     flags = rows.flags[row]
     asked = 0
     for value in set(flags.tolist()) if len(row) <= 64 else flags.unique().tolist():
         asked |= value
     if asked & FLAG_SCORE_BIAS:
         return None
-    x = _finite(router_logits)
+    x = finite(router_logits.to(torch.float32))
     # unpack_allowed in two operations; int32 words are little-endian on every CPU that the engine runs on.
     allowed = _BITS[rows.allowed[row].view(torch.uint8).long()].flatten(1)[:, : spec.num_experts]
     if asked & FLAG_FORCED:
@@ -127,16 +126,11 @@ def mask_topk_cpu(
 
     """
     assert not spec.grouped
-    x = _finite(router_logits)
+    x = finite(router_logits.to(torch.float32))
     own, _, ids = _choose(x, banned, spec, correction_bias)
     weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
     topk_weights.copy_(_scale(weights.gather(1, ids), spec))
     topk_ids.copy_(ids)
-
-
-def _finite(router_logits: torch.Tensor) -> torch.Tensor:
-    """The reference's `finite` of logits, in float32, where only infinities lie beyond the range."""
-    return router_logits.to(torch.float32).nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
 
 
 def _choose(
@@ -144,6 +138,7 @@ def _choose(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores [num_tokens, num_experts], what is compared (-inf where banned), and int64 ids [num_tokens, top_k] of the best."""
     masked = x.masked_fill(banned, -torch.inf)
+    # The other scorings are elementwise and do not look at which experts are among them.
     own = masked.softmax(-1) if spec.scoring == "softmax" else score(x, banned, spec.scoring)
     choice = masked
     if correction_bias is not None or spec.scoring != "softmax":

@@ -138,6 +138,12 @@ class LayerBinding:
         self.gating = gating
         self.slot = slot
 
+    @property
+    def correction_bias(self) -> torch.Tensor | None:
+        """The router's correction bias, float [num_experts]; read anew, because weight loading may replace it."""
+        bias = getattr(self.router, "e_score_correction_bias", None)
+        return None if bias is None else bias.data
+
     def direct(
         self,
         topk_weights: torch.Tensor,
@@ -164,13 +170,12 @@ class LayerBinding:
         if spec is None:
             self._direct_generic(topk_weights, topk_ids, router_logits, hidden_states, row_index, rows)
             return
-        bias = getattr(self.router, "e_score_correction_bias", None)
         route_topk(
             router_logits,
             row_index,
             rows,
             spec,
-            correction_bias=None if bias is None else bias.data,
+            correction_bias=self.correction_bias,
             topk_weights=topk_weights,
             topk_ids=topk_ids,
             indices_dtype=topk_ids.dtype,
@@ -187,12 +192,11 @@ class LayerBinding:
     ) -> None:
         """Route all tokens by one mask, on CPU; `banned` is bool [1, num_experts]. Only where `has_mask_path`."""
         assert self.gating.spec is not None
-        bias = getattr(self.router, "e_score_correction_bias", None)
         mask_topk_cpu(
             router_logits,
             banned,
             self.gating.spec,
-            None if bias is None else bias.data,
+            self.correction_bias,
             native_weights,
             topk_weights,
             topk_ids,
@@ -206,13 +210,12 @@ class LayerBinding:
     def select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Write what the model's gating picks without any directive; `topk_ids` is int32 [num_tokens, top_k]."""
         assert self.gating.spec is not None
-        bias = getattr(self.router, "e_score_correction_bias", None)
         route_topk(
             router_logits,
             None,
             None,
             self.gating.spec,
-            correction_bias=None if bias is None else bias.data,
+            correction_bias=self.correction_bias,
             topk_weights=torch.empty(topk_ids.shape, dtype=torch.float32, device=topk_ids.device),
             topk_ids=topk_ids,
         )

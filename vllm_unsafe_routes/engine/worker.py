@@ -177,7 +177,13 @@ class RouteController:
         self.policy_rows.copy_(torch.from_numpy(self._policy_row_of))
         self._has_policy = bool(self._policy_contents)
         layers = self.shape.moe_layers
-        self._policy_masks = self._masks_for_steps_without_plans()
+        # The policy's bans at the slots where the CPU can route a step without plans by them alone.
+        self._policy_masks = {
+            slot: self._banned([slot])
+            for slot, binding in self._bindings.items()
+            if self._policy_row_of[slot] != NO_ROW and binding.has_mask_path and not uses_triton(self.device)
+        }
+        self._native_policy = self.active.policy is not None and self.active.policy.weights == "native"
         counted = [slot for slot in self._local_slots if self.active.banned(layers[slot])]
         if self.state.always:
             # Captured graphs keep the picks of all layers, whatever a later policy bans. With fused gating that costs a launch
@@ -187,21 +193,14 @@ class RouteController:
             counted = counted if keeps_all else []
         else:
             self._is_kept = [slot in counted for slot in range(len(layers))]
-        banned = torch.zeros((len(counted), self.shape.num_experts), dtype=torch.bool)
-        for at, slot in enumerate(counted):
-            banned[at, list(self.active.banned(layers[slot]))] = True
-        self._counts.start(self.active, counted, banned)
+        self._counts.start(self.active, counted, self._banned(counted))
 
-    def _masks_for_steps_without_plans(self) -> dict[int, torch.Tensor]:
-        """MoE slot -> bool [1, num_experts], the policy's bans, where the CPU can route by them alone; empty elsewhere."""
-        if uses_triton(self.device):
-            return {}
-        masks = {}
-        for slot, binding in self._bindings.items():
-            if self._policy_row_of[slot] != NO_ROW and binding.has_mask_path:
-                masks[slot] = torch.zeros((1, self.shape.num_experts), dtype=torch.bool)
-                masks[slot][0, list(self.active.banned(self.shape.moe_layers[slot]))] = True
-        return masks
+    def _banned(self, slots: Sequence[int]) -> torch.Tensor:
+        """bool [len(slots), num_experts], on the CPU: the active policy's bans, whatever its mode."""
+        banned = torch.zeros((len(slots), self.shape.num_experts), dtype=torch.bool)
+        for at, slot in enumerate(slots):
+            banned[at, list(self.active.banned(self.shape.moe_layers[slot]))] = True
+        return banned
 
     def replace_policy(self, active: ActivePolicy, planned: Collection[str]) -> None:
         """Go on under another policy; no step is on its way, and all requests will be computed again from their first token.
@@ -394,8 +393,7 @@ class RouteController:
         if self._is_kept[slot]:
             self._keep_native(slot, topk_ids, router_logits)
         if self._idle and slot in self._policy_masks:
-            native = self.active.policy is not None and self.active.policy.weights == "native"
-            self._bindings[slot].mask(topk_weights, topk_ids, router_logits, self._policy_masks[slot], native)
+            self._bindings[slot].mask(topk_weights, topk_ids, router_logits, self._policy_masks[slot], self._native_policy)
         elif self.fused or self.state.always or not self._idle or self._policy_row_of[slot] != NO_ROW:
             binding = self._bindings[slot]
             some_rows = self._shared.row_index if self._shared is not None else None

@@ -22,7 +22,7 @@ import numpy as np
 from ..plan import RoutePlan
 from .backend import Backend, Note, Response, Search
 from .rules import Choice
-from .scorer import joint, target_request
+from .scorer import joint, target_request, weakest
 
 # While each token of an answer has at least this probability, greedy decoding gives that answer.
 _KEPT_TOKEN = log(0.5)
@@ -62,12 +62,6 @@ class Example:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
-
-
-def read(responses: Sequence[Response]) -> tuple[Any, Any]:
-    """Joint log-probability of each target and that of its least probable token, float64 [len(responses)] each, in nats."""
-    worst = [float(response.scores[:, 0].min()) if response.scores is not None else 0.0 for response in responses]
-    return np.array([joint(response) for response in responses]), np.array(worst)
 
 
 def greedy_bans(
@@ -110,22 +104,22 @@ def greedy_bans(
                     plan.disable(other, "all", sorted(wanted))
             plans.append(plan.to_string())
         responses: list[Response] = yield [target_request(one.prompt, one.target, plan) for plan in plans for one in examples]
-        rows = [responses[at : at + len(examples)] for at in range(0, len(responses), len(examples))]
-        return [value_of(*read(row)) for row in rows]
+        return [value_of(responses[at : at + len(examples)]) for at in range(0, len(responses), len(examples))]
 
-    def value_of(scores: Any, worst: Any) -> tuple[float, float]:
-        """What a set of bans is worth, and the share of harmless answers that it keeps."""
-        attack = -np.maximum(scores[: len(opened)], settings.floor).mean()
+    def value_of(responses: Sequence[Response]) -> tuple[float, float]:
+        """What a set of bans is worth, and the share of harmless answers that it keeps; a response for each example."""
+        attack = -np.maximum([joint(response) for response in responses[: len(opened)]], settings.floor).mean()
         if not harmless:
             return float(attack), 1.0
-        cost = np.maximum(clean - scores[len(opened) :] - _FREE_LOSS, 0.0).mean()
-        kept = (worst[len(opened) :] >= np.minimum(clean_worst, _KEPT_TOKEN)).mean()
+        answers = responses[len(opened) :]
+        cost = np.maximum(clean - [joint(response) for response in answers] - _FREE_LOSS, 0.0).mean()
+        kept = ([weakest(response) for response in answers] >= must_keep).mean()
         return float(attack - settings.utility_weight * cost), float(kept)
 
     first: list[Response] = yield [target_request(one.prompt, one.target) for one in examples]
-    start, worst = read(first)
-    clean, clean_worst = start[len(opened) :], worst[len(opened) :]
-    reached = value_of(start, worst)[0]
+    clean = np.array([joint(response) for response in first[len(opened) :]])
+    must_keep = np.minimum([weakest(response) for response in first[len(opened) :]], _KEPT_TOKEN)
+    reached = value_of(first)[0]
     gains = {(layer, expert): np.inf for layer in layers for expert in range(shape.num_experts) if (layer, expert) not in pinned}
     added: list[Choice] = []
     for note in so_far:

@@ -51,6 +51,12 @@ def joint(response: Response) -> float:
     return float(response.scores[:, 0].sum(dtype=np.float64))
 
 
+def weakest(response: Response) -> float:
+    """Log-probability of a scored target's least probable token, in nats."""
+    assert response.scores is not None
+    return float(response.scores[:, 0].min())
+
+
 def check_length(backend: Backend, num_tokens: int, what: str) -> None:
     """Refuse a request that is longer than the model's context."""
     if num_tokens + 1 > backend.max_model_len:
