@@ -80,13 +80,16 @@ lint: setup
 	$(BIN)/mypy vllm_unsafe_routes kernels
 
 bench: setup
+	rm -rf runs/bench
 	$(BIN)/python benchmarks/policy_serving.py --out benchmarks/results/policy_serving_cpu.csv
-	$(BIN)/python benchmarks/serving_cost.py --out benchmarks/results/serving_cost_cpu.csv --readme README.md
-	$(BIN)/python benchmarks/search_speed.py --memory --out benchmarks/results/search_speed_cpu.csv
-	$(BIN)/python benchmarks/search_speed.py --out benchmarks/results/search_speed_cpu.csv --readme README.md
+	$(BIN)/python benchmarks/serving_cost.py
+	$(BIN)/python benchmarks/search_speed.py --memory
+	$(BIN)/python benchmarks/search_speed.py --threads 1,2
+	$(BIN)/python benchmarks/tables.py runs/bench
 
 lab-results: setup
-	$(BIN)/python benchmarks/lab_results.py --rewrite README.md --rewrite docs/defence.md
+	$(BIN)/python benchmarks/lab_results.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV)

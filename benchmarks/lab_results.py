@@ -6,7 +6,8 @@ times the deriver's attempts; the same attacks on a model that was safety-tuned 
 `--jobs` at a time, one thread each. Runs are campaigns in `--runs`: an interrupted call goes on, and a second call only makes the
 tables again.
 
-    python benchmarks/lab_results.py --rewrite README.md              # everything; an hour or two
+    python benchmarks/lab_results.py                                  # everything; an hour or two
+    python benchmarks/tables.py                                       # the tables of README.md and docs/
     python benchmarks/lab_results.py --part attacks --seeds 0         # one part, one model
     python benchmarks/lab_results.py --dry-run                        # two prompts, one model, nothing written
 """
@@ -14,7 +15,6 @@ tables again.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -29,10 +29,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import NOT_MEASURED, Rows, commit_of_tree, distinct, markdown, read_csv, write_csv
+
 # Parts and their prompts; a matrix has many cells.
 PARTS = {"attacks": 48, "defences": 24}
 STRATEGIES = ("paper", "code", "adaptive")
-COLUMNS = ("date", "commit", "table", "row", "column", "value", "low", "high", "prompts", "models", "errors")
+COSTS = ("tokens a prompt", "tokens a prompt, one by one")
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "1,2,3", "--greedy-bans", "8,16,24,28,32,36,40")
@@ -228,71 +230,58 @@ def cost(folder: Path) -> dict[str, float]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     num = summary["asr"]["prompts"]
     per_candidate = summary["tokens"] / max(summary["candidates"], 1)
-    return {
-        "tokens a prompt": summary["computed_tokens"] / num,
-        "tokens a prompt, one by one": summary["needed"] * per_candidate / num,
-    }
+    return dict(zip(COSTS, (summary["computed_tokens"] / num, summary["needed"] * per_candidate / num), strict=True))
 
 
-def commit_of_the_tree() -> str:
-    """Short hash of what is checked out."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def cell(rows: Rows, row: str, column: str) -> str:
+    """A figure of a table."""
+    line = next((one for one in rows if (one["row"], one["column"]) == (row, column)), None)
+    if line is None:
+        return NOT_MEASURED
+    if "low" not in line:
+        return f"{float(line['value']):,.0f}"
+    models = max(int(one["models"]) for one in rows)
+    fewer = f" ({line['models']} of {models} models)" if line["table"] == "defences" and int(line["models"]) < models else ""
+    value, low, high = (float(line[name]) for name in ("value", "low", "high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]{fewer}"
 
 
-def read_line(line: dict[str, str]) -> dict[str, Any]:
-    """A line of the CSV with its numbers as numbers and its empty fields left out."""
-    numbers: dict[str, Any] = {name: float(line[name]) for name in ("value", "low", "high") if line[name]}
-    counts = {name: int(line[name]) for name in ("prompts", "models", "errors") if line[name]}
-    return {name: text for name, text in line.items() if text} | numbers | counts
+def head(rows: Rows) -> str:
+    """What a table's figures stand for."""
+    return f"{rows[0]['models']} models (training seeds), {rows[0]['prompts']} prompts each, {rows[0]['date']}"
 
 
-def markdown(lines: list[dict[str, Any]], models: int) -> dict[str, str]:
-    """The tables."""
-
-    def cell(table: str, row: str, column: str) -> str:
-        line = next((one for one in lines if (one["table"], one["row"], one["column"]) == (table, row, column)), None)
-        if line is None:
-            return "not measured"
-        if "low" not in line:
-            return f"{line['value']:,.0f}"
-        fewer = f" ({line['models']} of {models} models)" if table == "defences" and line["models"] < models else ""
-        return f"{line['value']:.2f} [{line['low']:.2f}, {line['high']:.2f}]{fewer}"
-
-    def rows(table: str) -> list[str]:
-        return list(dict.fromkeys(line["row"] for line in lines if line["table"] == table))
-
-    def head(table: str) -> str:
-        line = next((one for one in lines if one["table"] == table), None)
-        if line is None:
-            return "Not measured"
-        return f"{line['models']} models (training seeds), {line['prompts']} prompts each, {line['date']}"
-
-    attacks = [
-        f"{head('attacks')}; ASR with 95% interval over prompts and models.",
-        "",
-        "| attack | ASR | more than random layers | than random masks | computed tokens a prompt | one by one |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows("attacks"):
-        costs = [
-            cell("attacks", row, name) if "F-SOUR" in row else "" for name in ("tokens a prompt", "tokens a prompt, one by one")
-        ]
-        label = re.sub(r"^(rosais|random-layers|random-masks), (\d)$", lambda found: f"{LABELS[found[1]]}, {found[2]}", row)
+def attacks_table(lines: Rows) -> str:
+    """Success of the attacks, and what F-SOUR cost."""
+    rows = [line for line in lines if line["table"] == "attacks"]
+    if not rows:
+        return NOT_MEASURED
+    shown = []
+    for row in distinct(rows, "row"):
         more = [
-            cell("attacks", row, f"more than {control}") if row.startswith("rosais") else ""
-            for control in ("random-layers", "random-masks")
+            cell(rows, row, f"more than {name}") if row.startswith("rosais") else "" for name in ("random-layers", "random-masks")
         ]
-        attacks.append(f"| {label} | {cell('attacks', row, 'ASR')} | {more[0]} | {more[1]} | {costs[0]} | {costs[1]} |")
+        costs = [cell(rows, row, name) if "F-SOUR" in row else "" for name in COSTS]
+        label = re.sub(r"^(rosais|random-layers|random-masks), (\d)$", lambda found: f"{LABELS[found[1]]}, {found[2]}", row)
+        shown.append([label, cell(rows, row, "ASR"), *more, *costs])
+    names = ["attack", "ASR", "more than random layers", "than random masks", "computed tokens a prompt", "one by one"]
+    return f"{head(rows)}; ASR with 95% interval over prompts and models.\n\n{markdown(names, shown)}"
+
+
+def defences_table(lines: Rows) -> str:
+    """Attack success by defence, all models together."""
+    rows = [line for line in lines if line["table"] == "defences"]
     columns = [*ATTACKS, "benign right", "over-refusal"]
-    defences = [f"{head('defences')}.", "", "| defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    defences += [
-        "| " + " | ".join([row, *(cell("defences", row, column) for column in columns)]) + " |" for row in rows("defences")
-    ]
+    shown = [[row, *(cell(rows, row, column) for column in columns)] for row in distinct(rows, "row")]
+    return f"{head(rows)}.\n\n{markdown(['defence', *columns], shown)}" if rows else NOT_MEASURED
+
+
+def models_table(lines: Rows) -> str:
+    """The same, every model by itself."""
+    rows = [line for line in lines if line["table"] == "models"]
     columns = ["fsour-adaptive", "suffix-transfer", "suffix", "benign right", "over-refusal"]
-    by_model = ["| model, defence | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    by_model += ["| " + " | ".join([row, *(cell("models", row, column) for column in columns)]) + " |" for row in rows("models")]
-    return {"lab-attacks": "\n".join(attacks), "lab-defences": "\n".join(defences), "lab-models": "\n".join(by_model)}
+    shown = [[row, *(cell(rows, row, column) for column in columns)] for row in distinct(rows, "row")]
+    return markdown(["model, defence", *columns], shown) if rows else NOT_MEASURED
 
 
 LABELS = {
@@ -300,17 +289,7 @@ LABELS = {
     "random-layers": "best masks of random layers",
     "random-masks": "random masks",
 }
-
-
-def rewrite(path: Path, tables: dict[str, str]) -> None:
-    """Put the tables between their marks."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin not in text:
-            continue
-        text = text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end) :]
-    path.write_text(text, encoding="utf-8")
+TABLES = {"lab-attacks": attacks_table, "lab-defences": defences_table, "lab-models": models_table}
 
 
 def main() -> None:
@@ -323,9 +302,8 @@ def main() -> None:
         "--part", choices=list(PARTS), action="append", help="only this part; the other part's figures stay as they are"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
-    parser.add_argument("--rewrite", type=Path, action="append", default=[], help="rewrite the tables that this file has marks for")
     parser.add_argument("--tables-only", action="store_true", help="run nothing: make the tables of what is finished")
-    parser.add_argument("--dry-run", action="store_true", help="tiny settings, one model, nothing written outside a scratch folder")
+    parser.add_argument("--dry-run", action="store_true", help="tiny settings, one model, nothing kept")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as scratch:
@@ -339,26 +317,17 @@ def main() -> None:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda seed: run_model(seed, runs, prompts, parts, args.dry_run), seeds))
-        lines = tabulate(seeds, runs, parts, prompts)
-        for line in lines:
-            line |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_the_tree()}
+        rows = tabulate(seeds, runs, parts, prompts)
+        about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
+        rows = [about | row for row in rows]
         if not args.dry_run and args.out.exists():
             # The other part's figures stay, with their date and commit.
-            made = {line["table"] for line in lines}
-            with args.out.open(newline="", encoding="utf-8") as file:
-                lines += [read_line(line) for line in csv.DictReader(file) if line["table"] not in made]
-        tables = markdown(lines, len(seeds))
-    for name, table in tables.items():
-        print(f"\n{name}\n{table}")
-    if args.dry_run:
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
-    for path in args.rewrite:
-        rewrite(path, tables)
+            made = {row["table"] for row in rows}
+            rows += [row for row in read_csv(args.out) if row["table"] not in made]
+    for name, table in TABLES.items():
+        print(f"\n{name}\n{table(rows)}")
+    if not args.dry_run:
+        write_csv(args.out, rows)
 
 
 if __name__ == "__main__":

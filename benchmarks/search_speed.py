@@ -1,117 +1,113 @@
 """How fast candidates of a route search are scored: this project's engine against transformers, turn by turn.
 
-F-SOUR as the published code runs it (the best of all draws is kept), 10 draws at each (position, layer), prompts of 48 tokens
-with targets of 16, so that a scored request has 63 tokens. Three ways to score a candidate:
+F-SOUR as the published code runs it (the best of all draws is kept), 10 draws at each cell, (position, layer). In a timed round
+every prompt visits a few cells, spread evenly over all positions and layers, so that a round costs what as many candidates of whole
+attempts cost; a whole attempt is timed beside it. Baselines force experts by -inf on a router's logits, as the published code does:
 
-- transformers, one candidate a forward pass, as in the published code; timed on candidates spread evenly over all positions
-  and layers of a run, which a full forward pass costs alike;
-- transformers, 64 such candidates a forward pass;
-- F-SOUR itself on an engine of this project with 1, 4, 16 and 64 prompts in flight.
+- `--device cpu`: transformers one candidate a forward pass, and 64, with the faster of its expert implementations; the OLMoE shape
+  with 8 layers and hidden size 512, bfloat16, prompts of 48 tokens with targets of 16. With one thread a second is one of CPU time.
+- `--device cuda`: transformers one candidate a forward pass, with the loop over experts that the published code ran on and with the
+  fastest implementation that it has now; published shapes with dummy weights, prompts of 28 tokens. Also RoSais of every layer
+  (S1 = 20) and the best layer masked with S2 = 100 masks. What transformers would take for an attempt or for RoSais is its time a
+  forward pass times the number of passes.
 
-A whole run visits every cell, (position, layer). In a timed round each prompt visits a few of them, in order; the cells of a round
-are spread evenly over all positions and layers, so that a round costs what the same number of candidates of whole runs costs.
-One whole run is timed beside it. Both children hold the same random model of the OLMoE shape (8 layers, 64 experts, top 8, hidden
-size 512, bfloat16, vocabulary 1024) and the same number of threads; transformers uses the faster of its two expert
-implementations. Nothing is timed before the three agree on scores: a tiny float32 model within 1e-4 nats, then this one. With
-one thread a second is one of CPU time, with more one of the wall clock.
+Nothing is timed before the sides agree on scores of a small model with equal weights (`--agreed`: that was checked elsewhere).
 
-    python benchmarks/search_speed.py --out benchmarks/results/search_speed_cpu.csv --readme README.md
-    python benchmarks/search_speed.py --dry-run           # tiny shapes: everything is checked, nothing is written
-    python benchmarks/search_speed.py --profile           # where the engine's time goes
-    python benchmarks/search_speed.py --memory --out ...  # peak memory over the number of candidates, lab model
+    python benchmarks/search_speed.py                               # the tables' figures on CPU
+    python benchmarks/search_speed.py --memory [--long]             # peak memory over the number of candidates, lab model
+    python benchmarks/search_speed.py --profile                     # where the engine's time goes
+    python benchmarks/search_speed.py --device cuda --mode full --models olmoe
+    python benchmarks/search_speed.py --rehearse                    # tiny shapes: checks only
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
 import math
-import os
-import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROMPT_TOKENS, TARGET_TOKENS, DRAWS, BATCH = 48, 16, 10, 64
-FULL = {"num_hidden_layers": 8, "num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 512, "intermediate_size": 256}
-TINY = {"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 4, "hidden_size": 64, "intermediate_size": 32}
-VOCAB = 1024
-IN_FLIGHT = (1, 4, 16, 64)
-# Cells of all prompts together in one round, and transformers' candidates in one round.
-CELLS = {1: 16, 4: 24, 16: 48, 64: 96}
-TINY_CELLS = {1: 2, 4: 4, 16: 16, 64: 64}
-FLOAT32_TOLERANCE = 1e-4
-# Over 16 tokens; two bfloat16 implementations round differently at every layer.
-BFLOAT16_TOLERANCE = 0.5
-MEMORY_COUNTS = (1_000, 100_000)
-COLUMNS = (
-    "date",
-    "commit",
-    "device",
-    "torch",
-    "vllm",
-    "transformers",
-    "kind",
-    "threads",
-    "variant",
-    "round",
-    "candidates",
-    "seconds",
-    "cpu_seconds",
-    "candidates_per_s",
-    "tokens",
-    "computed_tokens",
-    "ratio_to_one_by_one",
-    "ratio_to_batches",
-    "peak_rss_mib",
-    "note",
+from common import (
+    EXACT_FLOAT32,
+    GIB,
+    NOT_MEASURED,
+    Child,
+    ChildFailed,
+    Results,
+    Row,
+    Rows,
+    Run,
+    distinct,
+    engine_environment,
+    engine_settings,
+    float32_settings,
+    markdown,
+    parser,
+    rotated,
+    rounds,
+    run_of,
+    serve_child,
+    spread,
+    support_path,
+    where,
 )
-README_MARK = ("<!-- search-speed:begin -->", "<!-- search-speed:end -->")
+from shapes import NAMES, config_of, make_model
+
+TARGET, DRAWS, BATCH = 16, 10, 64
+S1, S2, ANSWER = 20, 100, 64
 ONE_BY_ONE, BATCHES = "transformers, one by one", f"transformers, batches of {BATCH}"
+PUBLISHED, FASTEST = "transformers, one by one, expert loop", "transformers, one by one, fastest experts"
+# device -> baseline -> the column of ratios to it
+BASELINES = {
+    "cpu": {ONE_BY_ONE: "ratio_to_one_by_one", BATCHES: "ratio_to_batches"},
+    "cuda": {PUBLISHED: "ratio_to_published", FASTEST: "ratio_to_fastest"},
+}
+IMPLEMENTATIONS = {"cpu": ("eager", "grouped_mm"), "cuda": ("eager", "grouped_mm", "batched_mm")}
+# Nats over the target; two bfloat16 implementations round differently at every layer.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
+GPU_FLOAT32_TOLERANCE = 2e-3
 
 
-def engine_variant(in_flight: int) -> str:
-    """Name of the engine with this many prompts in flight."""
-    return f"engine, {in_flight} in flight"
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """How much is timed.
+
+    Attributes:
+        prompt: prompt tokens.
+        cells: prompts in flight -> cells of all of them together in one round.
+        passes: candidates of a baseline in one round.
+        answer: tokens that a whole attempt generates.
+
+    """
+
+    prompt: int
+    cells: dict[int, int]
+    passes: int
+    answer: int
 
 
-def make_model(folder: Path, size: dict[str, int], dtype: str) -> None:
-    """Save a random model of the OLMoE shape."""
-    import torch
-    import transformers
-
-    heads = size["hidden_size"] // 64 if size is FULL else 2
-    config = transformers.OlmoeConfig(
-        vocab_size=VOCAB,
-        max_position_embeddings=512,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=1,
-        **size,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+AMOUNTS = {
+    "cpu": Amounts(48, {1: 16, 4: 24, 16: 48, 64: 96}, 24, 1),
+    "cuda": Amounts(28, {1: 24, 16: 96, 64: 256}, 24, ANSWER),
+}
+TINY_AMOUNTS = {"cpu": Amounts(12, {1: 2, 4: 4}, 3, 1), "cuda": Amounts(8, {1: 2, 4: 4}, 2, 4)}
 
 
-def token_ids(seed: int, length: int) -> list[int]:
+def token_ids(seed: int, length: int, vocab: int) -> list[int]:
     """Made-up tokens."""
     rng = random.Random(seed)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
+    return [rng.randrange(3, vocab) for _ in range(length)]
 
 
-def spread(count: int, total: int) -> list[int]:
+def evenly(count: int, total: int) -> list[int]:
     """`count` indices of `total` in order, spread evenly without a period, which would meet the same layer again and again."""
     step = round(0.618 * total)
     while math.gcd(step, total) > 1:
@@ -119,26 +115,11 @@ def spread(count: int, total: int) -> list[int]:
     return sorted(at * step % total for at in range(count))
 
 
-def candidates(size: dict[str, int], count: int, seed: int) -> list[tuple[int, int, list[int]]]:
+def candidates(shape: Any, count: int, seed: int, length: int) -> list[tuple[int, int, list[int]]]:
     """(layer, position, experts), evenly over positions and layers."""
     rng = random.Random(seed)
-    cells = [(layer, position) for position in range(PROMPT_TOKENS) for layer in range(size["num_hidden_layers"])]
-    return [(*cells[at], rng.sample(range(size["num_experts"]), size["num_experts_per_tok"])) for at in spread(count, len(cells))]
-
-
-# The children. Each reads one JSON command a line and answers with one JSON line.
-
-
-def answer(value: Any) -> None:
-    """One line to the parent."""
-    print(json.dumps(value), flush=True)
-
-
-def commands() -> Iterator[dict[str, Any]]:
-    """The parent's commands."""
-    answer({"ready": True})
-    for line in sys.stdin:
-        yield json.loads(line)
+    cells = [(layer, position) for position in range(length) for layer in shape.moe_layers]
+    return [(*cells[at], rng.sample(range(shape.num_experts), shape.top_k)) for at in evenly(count, len(cells))]
 
 
 class Watch:
@@ -152,52 +133,65 @@ class Watch:
         return {"seconds": time.perf_counter() - self._start[0], "cpu_seconds": time.process_time() - self._start[1]}
 
 
+# The children.
+
+
 class Transformers:
-    """The baseline: forced experts by adding -inf to the router's logits, as in the published code.
+    """The baseline: -inf added to a router's logits at one position.
 
     Args:
-        folder: the model.
+        folder: the model; random weights where it has none.
         dtype: of the weights.
+        device: where they are.
 
     """
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, device: str) -> None:
         import torch
         import transformers
 
-        self.torch = torch
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-        self.masks: dict[int, Any] = {}
-        for layer, block in enumerate(self.model.model.layers):
-            block.mlp.gate.register_forward_hook(self._hook(layer))
+        from vllm_unsafe_routes import ModelShape
+
+        self.torch, self.device = torch, device
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if any(Path(folder).glob("*.safetensors")):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+        else:
+            with torch.device(device):
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        self.model, self.shape, self.vocab = model.eval(), ModelShape.from_hf_config(config), config.vocab_size - 8
+        self._scale = getattr(config, "routed_scaling_factor", None) or 1.0
+        self._masks: dict[int, Any] = {}
+        for layer in self.shape.moe_layers:
+            model.model.layers[layer].mlp.gate.register_forward_hook(self._hook(layer))
 
     def _hook(self, layer: int) -> Any:
         torch = self.torch
 
         def hook(gate: Any, inputs: Any, output: Any) -> Any:
-            mask = self.masks.get(layer)
-            if mask is None:
+            if layer not in self._masks:
                 return output
-            logits = output[0] + mask
-            weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float), gate.top_k, dim=-1)
-            return logits, weights.to(logits.dtype), ids
+            logits = output[0] + self._masks[layer]
+            # Both families: softmax over all experts, no renormalisation.
+            weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float), self.shape.top_k, dim=-1)
+            return logits, (weights * self._scale).to(output[1].dtype), ids
 
         return hook
 
     def score(self, prompt: Sequence[int], target: Sequence[int], forced: Sequence[Any], batch: int) -> list[float]:
         """Joint log-probability of the target for each forced (layer, position, experts)."""
         torch = self.torch
-        tokens = torch.tensor([*prompt, *target[:-1]])
-        wanted = torch.tensor(target)
+        tokens = torch.tensor([*prompt, *target[:-1]], device=self.device)
+        wanted = torch.tensor(target, device=self.device)
         values: list[float] = []
         for start in range(0, len(forced), batch):
             group = forced[start : start + batch]
-            self.masks = {}
+            self._masks.clear()
             for at, (layer, position, experts) in enumerate(group):
-                if layer not in self.masks:
-                    shape = (len(group) * len(tokens), self.model.config.num_experts)
-                    self.masks[layer] = torch.zeros(shape, dtype=self.model.dtype)
-                row = self.masks[layer][at * len(tokens) + position]
+                if layer not in self._masks:
+                    size = (len(group) * len(tokens), self.shape.num_experts)
+                    self._masks[layer] = torch.zeros(size, dtype=self.model.dtype, device=self.device)
+                row = self._masks[layer][at * len(tokens) + position]
                 row.fill_(-torch.inf)
                 row[experts] = 0
             with torch.inference_mode():
@@ -205,444 +199,563 @@ class Transformers:
                 rows = logits.float().log_softmax(-1)
                 found = rows.gather(-1, wanted.expand(len(group), -1)[..., None])[..., 0]
             values += found.double().sum(-1).tolist()
+        self._masks.clear()
         return values
 
 
-def serve_transformers(folder: str, size: dict[str, int], dtype: str) -> None:
-    """Child process of both transformers variants."""
-    model = Transformers(folder, dtype)
-    fastest: dict[int, str] = {}
-    for command in commands():
+def serve_transformers(options: dict[str, Any]) -> Iterator[Any]:
+    """Child: the baselines."""
+    baseline = Transformers(options["folder"], options["dtype"], options["device"])
+    command = yield "ready"
+    while True:
         batch = command["batch"]
         if command["do"] == "score":
-            answer(model.score(command["prompt"], command["target"], command["forced"], batch))
+            command = yield baseline.score(command["prompt"], command["target"], command["forced"], batch)
             continue
-        prompt, target = token_ids(command["seed"], PROMPT_TOKENS), token_ids(command["seed"] + 1, TARGET_TOKENS)
-        forced = candidates(size, command["count"], command["seed"])
-        if batch not in fastest:
-            taken = {}
-            for name in ("grouped_mm", "eager"):
-                model.model.set_experts_implementation(name)
-                model.score(prompt, target, forced[:batch], batch)
-                start = time.perf_counter()
-                model.score(prompt, target, forced[: 2 * batch], batch)
-                taken[name] = time.perf_counter() - start
-            fastest[batch] = min(taken, key=taken.__getitem__)
-        model.model.set_experts_implementation(fastest[batch])
+        try:
+            baseline.model.set_experts_implementation(command["experts"])
+            baseline.score([3, 4, 5], [6, 7], [(baseline.shape.moe_layers[0], 0, list(range(baseline.shape.top_k)))], 1)
+        except Exception as error:
+            command = yield {"unavailable": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]}
+            continue
+        length, seed = command["length"], command["seed"]
+        prompt, target = token_ids(seed, length, baseline.vocab), token_ids(seed + 1, command["target"], baseline.vocab)
+        forced = candidates(baseline.shape, command["count"], seed, length)
         watch = Watch()
-        model.score(prompt, target, forced, batch)
-        tokens = len(forced) * (PROMPT_TOKENS + TARGET_TOKENS - 1)
-        answer({**watch.read(), "candidates": len(forced), "tokens": tokens, "computed": tokens, "note": fastest[batch]})
+        baseline.score(prompt, target, forced, batch)
+        tokens = len(forced) * (length + len(target) - 1)
+        more = {"candidates": len(forced), "tokens": tokens, "computed": tokens, "note": command["experts"]}
+        command = yield {**watch.read(), **more}
 
 
-def serve_engine(folder: str, size: dict[str, int], dtype: str) -> None:
-    """Child process with the engine."""
+def serve_engine(options: dict[str, Any]) -> Iterator[Any]:
+    """Child: the engine, with this project's own search on it."""
+    support_path()
+    if options["device"] == "cpu":
+        import engines  # noqa: F401 - the environment of CPU engines
     from vllm_unsafe_routes import RoutePlan
-    from vllm_unsafe_routes.engine.launch import launch, shutdown
-    from vllm_unsafe_routes.evaluation.judges import Verdict
-    from vllm_unsafe_routes.search import fsour
-    from vllm_unsafe_routes.search.backend import Stats, run_tasks
-    from vllm_unsafe_routes.search.rosais import Prompt
+    from vllm_unsafe_routes.engine.launch import launch
     from vllm_unsafe_routes.search.scorer import RouteScorer
 
-    llm = launch(folder, dtype=dtype, max_model_len=512)
+    llm = launch(options["folder"], dtype=options["dtype"], max_model_len=256, engine_args=options["settings"])
     scorer = RouteScorer(llm)
-    whole = fsour.cells
-    chosen: dict[str, list[int] | None] = {}
+    search = Search(scorer.backend, int(llm.llm_engine.vllm_config.model_config.get_vocab_size()) - 8)
+    command = yield "ready"
+    while True:
+        do = command.pop("do")
+        if do == "score":
+            plans = [RoutePlan().force(layer, [position], experts) for layer, position, experts in command["forced"]]
+            command = yield scorer.score(command["prompt"], command["target"], plans).tolist()
+        elif do == "profile":
+            command = yield profiled(search, command)
+        else:
+            command = yield getattr(search, do)(**command)
 
-    def some_cells(experts: Any, prompt: Prompt) -> list[tuple[int, int]]:
-        order = whole(experts, prompt)
-        return order if chosen.get(prompt.id) is None else [order[at] for at in chosen[prompt.id]]
 
-    fsour.cells = some_cells
-    settings = fsour.FsourSettings(strategy="code", num_draws=DRAWS, tau=1.0, min_gain=2e-2, max_new_tokens=1)
+class Search:
+    """What is timed on the engine.
 
-    def run(in_flight: int, num_cells: int | None, seed: int) -> dict[str, Any]:
-        """F-SOUR on some prompts; all their cells, or `num_cells` of all prompts together."""
-        prompts = [
-            Prompt(
-                f"{seed}-{at}", tuple(token_ids(seed + 2 * at, PROMPT_TOKENS)), tuple(token_ids(seed + 2 * at + 1, TARGET_TOKENS))
-            )
-            for at in range(in_flight)
-        ]
-        layers = size["num_hidden_layers"]
-        total = PROMPT_TOKENS * (layers - 1) + 1  # the last layer counts at the last position only
-        indices = spread(num_cells, total) if num_cells is not None else []
+    Args:
+        backend: the engine's.
+        vocab: tokens below this one are used.
+
+    """
+
+    def __init__(self, backend: Any, vocab: int) -> None:
+        from vllm_unsafe_routes.search import fsour
+
+        self.backend, self.vocab = backend, vocab
+        self._chosen: dict[str, list[int] | None] = {}
+        whole = fsour.cells
+
+        def some_cells(experts: Any, prompt: Any) -> list[tuple[int, int]]:
+            order = whole(experts, prompt)
+            chosen = self._chosen.get(prompt.id)
+            return order if chosen is None else [order[at] for at in chosen]
+
+        fsour.cells = some_cells
+
+    def prompt(self, name: str, length: int, seed: int) -> Any:
+        """A made-up prompt with a made-up target."""
+        from vllm_unsafe_routes.search.rosais import Prompt
+
+        return Prompt(name, tuple(token_ids(seed, length, self.vocab)), tuple(token_ids(seed + 1, TARGET, self.vocab)))
+
+    def attempts(self, in_flight: int, cells: int | None, length: int, seed: int, answer: int = 1) -> Row:
+        """F-SOUR on some prompts; all their cells, or `cells` of all prompts together."""
+        from vllm_unsafe_routes.evaluation.judges import Verdict
+        from vllm_unsafe_routes.search.backend import Stats, run_tasks
+        from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
+
+        settings = FsourSettings(strategy="code", num_draws=DRAWS, tau=1.0, min_gain=0.0, max_new_tokens=answer)
+        prompts = [self.prompt(f"{seed}-{at}", length, seed + 2 * at) for at in range(in_flight)]
+        total = length * (len(self.backend.shape.moe_layers) - 1) + 1  # the last layer counts at the last position only
+        indices = evenly(cells, total) if cells is not None else []
         for at, prompt in enumerate(prompts):
-            chosen[prompt.id] = None if num_cells is None else indices[at::in_flight]
-        stats = Stats()
-        tasks = [
-            (prompt.id, fsour.fsour_attempt(scorer.backend, prompt, settings, 0, lambda *_: Verdict(0.0, False)))
-            for prompt in prompts
-        ]
+            self._chosen[prompt.id] = None if cells is None else indices[at::in_flight]
+        tasks = [(one.id, fsour_attempt(self.backend, one, settings, 0, lambda *_: Verdict(0.0, False))) for one in prompts]
         watch = Watch()
-        results = [attempt for _, attempt in run_tasks(scorer.backend, tasks, concurrency=in_flight, stats=stats)]
+        found = [attempt for _, attempt in run_tasks(self.backend, tasks, concurrency=in_flight, stats=Stats())]
         times = watch.read()
-        scored = sum(attempt.candidates for attempt in results)
-        expected = DRAWS * (total if num_cells is None else num_cells) // (in_flight if num_cells is None else 1)
-        assert scored == (expected * in_flight if num_cells is None else expected) + in_flight, (scored, expected)
+        scored = sum(attempt.candidates for attempt in found)
+        expected = DRAWS * (total * in_flight if cells is None else cells) + in_flight
+        assert scored == expected, f"{scored} candidates scored, expected {expected}"
         return {
             **times,
             "candidates": scored,
-            "tokens": sum(attempt.tokens for attempt in results),
-            "computed": sum(attempt.computed_tokens for attempt in results),
-            "note": f"{sum(len(attempt.routes) for attempt in results)} routes kept",
+            "tokens": sum(attempt.tokens for attempt in found),
+            "computed": sum(attempt.computed_tokens for attempt in found),
+            "note": f"{sum(len(attempt.routes) for attempt in found)} routes kept",
         }
 
-    for command in commands():
-        if command["do"] == "score":
-            plans = [RoutePlan().force(layer, [position], experts) for layer, position, experts in command["forced"]]
-            answer(scorer.score(command["prompt"], command["target"], plans).tolist())
-        elif command["do"] == "profile":
-            import cProfile
-            import pstats
+    def rosais(self, length: int, seed: int, s1: int, s2: int) -> Row:
+        """RoSais of every layer, then `s2` masks of the best one."""
+        from vllm_unsafe_routes.search.backend import run_search
+        from vllm_unsafe_routes.search.masking import MaskSettings, mask_attack
+        from vllm_unsafe_routes.search.rosais import RosaisSettings, rosais
 
-            profile = cProfile.Profile()
-            profile.enable()
-            found = run(command["in_flight"], command["cells"], command["seed"])
-            profile.disable()
-            rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-            own = sorted(((values[2], values[3], name) for name, values in rows.items()), reverse=True)
-            answer({**found, "rows": [(f"{Path(path).name}:{line} {name}", own, cum) for own, cum, (path, line, name) in own[:60]]})
-        else:
-            answer(run(command["in_flight"], command["cells"], command["seed"]))
-    shutdown(llm)
+        prompt, words = self.prompt(f"rosais-{seed}", length, seed), list(range(20, 30))
+        watch = Watch()
+        ranking = run_search(self.backend, rosais(self.backend, prompt, words, RosaisSettings(s1))).ranking()
+        middle = watch.read()["seconds"]
+        masking = mask_attack(self.backend, [prompt], words, ranking[:1], MaskSettings(num_layers=1, num_masks=s2))
+        run_search(self.backend, masking)
+        return {**watch.read(), "rosais_seconds": middle, "candidates": 2 + s1 * len(self.backend.shape.moe_layers) + s2}
+
+
+def profiled(search: Search, command: dict[str, Any]) -> Row:
+    """A run under cProfile, with the functions that took longest by themselves."""
+    import cProfile
+    import pstats
+
+    profile = cProfile.Profile()
+    profile.enable()
+    found = search.attempts(**command)
+    profile.disable()
+    rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    own = sorted(((values[2], values[3], name) for name, values in rows.items()), reverse=True)
+    return {**found, "rows": [(f"{Path(path).name}:{line} {name}", took, cum) for took, cum, (path, line, name) in own[:60]]}
+
+
+def agreement(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Child: the engine and transformers, here in one process, agree on scores under forced routes of a small model.
+
+    Raises:
+        AssertionError: they differ, or the forced routes change nothing.
+
+    """
+    support_path()
+    import tiny_models
+
+    on_gpu, latent = options["device"] == "cuda", options["model"] == "deepseek_v2_lite"
+    dtype = "bfloat16" if latent and on_gpu else "float32"  # latent attention has 16-bit kernels only
+    tolerance = GPU_FLOAT32_TOLERANCE if on_gpu and dtype == "float32" else TOLERANCE[dtype]
+    more: dict[str, Any] = {"topk_method": "greedy", "n_group": 1, "topk_group": 1} if latent else {}
+    if latent and on_gpu:
+        more |= {"num_attention_heads": 16, "num_key_value_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128}
+        more |= {"hidden_size": 256}
+    family = "deepseek_v2" if latent else "olmoe"
+    folder = str(tiny_models.make_model(family, Path(options["scratch"], f"agree-{options['model']}"), **more))
+    baseline = Transformers(folder, dtype, options["device"])
+    length = AMOUNTS["cuda"].prompt
+    prompt, target = token_ids(1, length, baseline.vocab), token_ids(2, TARGET, baseline.vocab)
+    forced = candidates(baseline.shape, options["count"], 3, length)
+    scores = [baseline.score(prompt, target, forced, batch) for batch in (1, BATCH)]
+    engine = serve_engine({**options, "folder": folder, "dtype": dtype})
+    next(engine)
+    scores.append(engine.send({"do": "score", "prompt": prompt, "target": target, "forced": forced}))
+    worst = furthest(scores, tolerance)
+    yield {"candidates": len(forced), "dtype": dtype, "nats_apart": worst}
+
+
+def furthest(scores: list[list[float]], tolerance: float) -> float:
+    """The largest difference between the sides, in nats.
+
+    Raises:
+        AssertionError: it is more than the tolerance, or the candidates do not differ among themselves.
+
+    """
+    worst = max(abs(a - b) for first, second in itertools.combinations(scores, 2) for a, b in zip(first, second, strict=True))
+    assert worst <= tolerance, f"the scores differ by {worst:.2g} nats, more than {tolerance}: nothing is timed"
+    assert max(scores[0]) - min(scores[0]) > tolerance / 100, "the candidates do not differ: nothing is forced"
+    return worst
+
+
+def agreement_options(key: str, run: Run) -> dict[str, Any]:
+    """Settings of the child `agreement`."""
+    device, latent = ("cuda" if run.on_gpu else "cpu"), key == "deepseek_v2_lite"
+    settings = engine_settings(run, GIB, max_num_seqs=64, max_num_batched_tokens=1024)
+    settings |= {} if latent else float32_settings(run)
+    if latent and not run.on_gpu:
+        settings["compilation_config"] = {"custom_ops": ["none"]}
+    settings.pop("dtype", None)
+    count = 12 if run.rehearse else 64
+    return {"name": key, "model": key, "device": device, "scratch": str(run.scratch), "settings": settings, "count": count}
 
 
 def peak_rss(reset: bool = False) -> float:
     """Peak resident memory of this process in MiB since the last reset."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return int(found[1]) / 1024
 
 
-def serve_memory(counts: list[int]) -> None:
-    """Child process: peak memory of `RouteScorer.score` over a stream of ever more candidates, on the lab model."""
+def serve_memory(options: dict[str, Any]) -> Iterator[Any]:
+    """Child: peak memory of `RouteScorer.score` over a stream of ever more candidates, on the lab model."""
     from vllm_unsafe_routes import RoutePlan, lab
-    from vllm_unsafe_routes.engine.launch import launch, shutdown
+    from vllm_unsafe_routes.engine.launch import launch
     from vllm_unsafe_routes.search.scorer import RouteScorer
     from vllm_unsafe_routes.workspace import Model, read_prompts
 
     model = Model("lab")
-    prompt = model.item(read_prompts("lab:search", 1)[0]).prompt
-    shape = model.shape
-    rng = random.Random(0)
+    prompt, shape, rng = model.item(read_prompts("lab:search", 1)[0]).prompt, model.shape, random.Random(0)
 
     def plans(count: int) -> Iterator[RoutePlan]:
         for _ in range(count):
             experts = rng.sample(range(shape.num_experts), shape.top_k)
             yield RoutePlan().force(rng.choice(shape.moe_layers), [rng.randrange(len(prompt.token_ids))], experts)
 
-    llm = launch(str(lab.model_path()), dtype="float32")
-    scorer = RouteScorer(llm)
+    scorer = RouteScorer(launch(str(lab.model_path()), dtype="float32"))
     # Long enough to fill what is bounded: remembered plans, KV blocks, allocator pools.
-    scorer.score(prompt.token_ids, prompt.target, plans(counts[0] * 20))
-    for command in commands():
+    scorer.score(prompt.token_ids, prompt.target, plans(options["warm_up"]))
+    command = yield "ready"
+    while True:
         peak_rss(reset=True)
         watch = Watch()
         values = scorer.score(prompt.token_ids, prompt.target, plans(command["count"]))
         assert len(values) == command["count"]
-        answer({**watch.read(), "candidates": len(values), "peak": peak_rss()})
-    shutdown(llm)
+        command = yield {**watch.read(), "candidates": len(values), "peak": peak_rss()}
 
 
-class Child:
-    """A child process, talked to in JSON lines.
+# The parent.
 
-    Args:
-        kind: "engine", "transformers" or "memory".
-        options: for the child's own command line.
-        threads: OpenMP threads.
+
+def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) -> Child:
+    """The process of one side."""
+    options: dict[str, Any] = {
+        "name": key,
+        "folder": str(folder),
+        "dtype": dtype_of(run),
+        "device": "cuda" if run.on_gpu else "cpu",
+    }
+    more: dict[str, Any] = {} if run.size == "cpu" else {"load_format": "dummy"}
+    if run.on_gpu:
+        # Scores take rows times vocabulary in float32 beside the KV cache, and transformers is on the same GPU.
+        more |= {"max_num_seqs": 512, "max_num_batched_tokens": 4096}
+    elif run.rehearse:
+        more |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
+        more |= {"compilation_config": {"custom_ops": ["none"]}} if key == "deepseek_v2_lite" else {}
+    options["settings"] = engine_settings(run, 2 * GIB, **more)
+    env = engine_environment(run, v2=False)
+    return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(threads)})
+
+
+def dtype_of(run: Run) -> str:
+    """Of the weights; bfloat16 has no exact comparison, which a rehearsal is for."""
+    return "float32" if run.rehearse else "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Both processes of one model.
+
+    Attributes:
+        key: the model.
+        run: the benchmark's.
+        threads: OpenMP threads of each.
+        engine: this project's.
+        baseline: transformers.
+        fastest: baseline -> its expert implementation.
 
     """
 
-    def __init__(self, kind: str, options: dict[str, Any], threads: int) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-        # vLLM prints lines of its own: only lines that are JSON objects or arrays are answers.
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", kind, "--options", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=sys.stderr if os.environ.get("SEARCH_SPEED_VERBOSE") else subprocess.DEVNULL,
-            env=env,
-            text=True,
-        )
-        self.read()
+    key: str
+    run: Run
+    threads: int
+    engine: Child
+    baseline: Child
+    fastest: dict[str, str]
 
-    def read(self) -> Any:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(("{", "[")):
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue
-        raise RuntimeError("a child process ended; SEARCH_SPEED_VERBOSE=1 shows its messages")
+    @property
+    def amounts(self) -> Amounts:
+        """How much is timed."""
+        return (TINY_AMOUNTS if self.run.rehearse else AMOUNTS)[self.run.device]
 
-    def ask(self, **command: Any) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.read()
+    @property
+    def variants(self) -> list[str]:
+        """Baselines first."""
+        return [*BASELINES[self.run.device], *(f"engine, {count} in flight" for count in self.amounts.cells)]
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
+    def rate(self, found: Row) -> float:
+        """Candidates a second: of CPU time with one thread, which other work hardly changes, else of the wall clock."""
+        of_cpu = self.run.device == "cpu" and self.threads == 1
+        return float(found["candidates"] / found["cpu_seconds" if of_cpu else "seconds"])
 
+    def passes(self, count: int, seed: int, experts: str, batch: int = 1, target: int = TARGET) -> Row:
+        """Forward passes of transformers."""
+        sizes = {"length": self.amounts.prompt, "target": target, "count": count, "batch": batch}
+        found: Row = self.baseline.ask(self.run.left, do="time", seed=seed, experts=experts, **sizes)
+        return found
 
-def check(engine: Child, baseline: Child, size: dict[str, int], tolerance: float, count: int) -> float:
-    """The three must agree on scores; returns the largest difference in nats."""
-    prompt, target = token_ids(1, PROMPT_TOKENS), token_ids(2, TARGET_TOKENS)
-    forced = candidates(size, count, 3)
-    scores = [
-        engine.ask(do="score", prompt=prompt, target=target, forced=forced),
-        baseline.ask(do="score", prompt=prompt, target=target, forced=forced, batch=1),
-        baseline.ask(do="score", prompt=prompt, target=target, forced=forced, batch=BATCH),
-    ]
-    assert max(scores[1]) - min(scores[1]) > tolerance / 100, "the candidates do not differ: nothing is forced"
-    worst = max(abs(a - b) for first, second in itertools.combinations(scores, 2) for a, b in zip(first, second, strict=True))
-    if worst > tolerance:
-        raise SystemExit(f"the scores differ by {worst:.2g} nats, more than {tolerance}: nothing was timed")
-    return worst
+    def measure(self, variant: str, seed: int) -> Row:
+        """One variant's part of a round."""
+        if variant in BASELINES[self.run.device]:
+            batch = BATCH if variant == BATCHES else 1
+            count = self.amounts.passes if batch == 1 else BATCH * (1 if self.run.rehearse else 3)
+            return self.passes(count, seed, self.fastest[variant], batch)
+        in_flight = int(variant.split()[1])
+        sizes = {"in_flight": in_flight, "cells": self.amounts.cells[in_flight], "length": self.amounts.prompt}
+        found: Row = self.engine.ask(self.run.left, do="attempts", seed=seed, **sizes)
+        return found
 
-
-def facts() -> dict[str, str]:
-    """What a figure cannot be read without."""
-    import torch
-    import transformers
-    import vllm
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    name = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    device = f"{os.cpu_count()} CPU cores ({name[1] if name else platform.machine()})"
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit,
-        "device": device,
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "transformers": transformers.__version__,
-    }
+    def choose(self, results: Results) -> None:
+        """Find each baseline's fastest expert implementation."""
+        for variant in BASELINES[self.run.device]:
+            batch, took = BATCH if variant == BATCHES else 1, {}
+            for name in ("eager",) if variant == PUBLISHED else IMPLEMENTATIONS[self.run.device]:
+                self.passes(batch, 5, name, batch)
+                found = self.passes(max(2 * batch, self.amounts.passes // 2), 6, name, batch)
+                if "unavailable" in found:
+                    results.step("experts not available", experts=name, why=found["unavailable"])
+                else:
+                    took[name] = found["seconds"] / found["candidates"]
+            self.fastest[variant] = min(took, key=took.__getitem__)
+            results.step("transformers", variant=variant, **{name: round(value, 5) for name, value in took.items()})
 
 
-def rate(found: dict[str, Any], threads: int) -> float:
-    """Candidates a second: of CPU time with one thread, which other work on the machine hardly changes, else of the wall clock."""
-    return float(found["candidates"] / found["cpu_seconds" if threads == 1 else "seconds"])
-
-
-def row(about: dict[str, str], kind: str, threads: int, variant: str, found: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """One line of the CSV."""
+def row_of(sides: Sides, kind: str, variant: str, found: Row, **more: Any) -> Row:
+    """One line of the results."""
+    on_gpu = sides.run.device == "cuda"
+    about: Row = {"model": NAMES[sides.key], "mode": sides.run.shown_mode} if on_gpu else {"threads": sides.threads}
+    rate = sides.rate(found)
     return {
         **about,
         "kind": kind,
-        "threads": threads,
         "variant": variant,
+        **more,
         "candidates": found["candidates"],
-        "seconds": round(found["seconds"], 3),
+        "seconds": round(found["seconds"], 4),
         "cpu_seconds": round(found["cpu_seconds"], 3),
-        "candidates_per_s": round(rate(found, threads), 2),
+        "candidates_per_s": round(rate, 2),
         "tokens": found.get("tokens", ""),
         "computed_tokens": found.get("computed", ""),
         "note": found.get("note", ""),
-        **more,
     }
 
 
-def speed(threads: int, rounds: int, dry_run: bool, whole: bool) -> list[dict[str, Any]]:
-    """Check, then time all variants in rounds."""
-    size, cells = (TINY, TINY_CELLS) if dry_run else (FULL, CELLS)
-    dtype = "float32" if dry_run else "bfloat16"
-    about = facts()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, shape, kind in (("tiny", TINY, "float32"), ("full", size, dtype)):
-            make_model(Path(scratch, name), shape, kind)
-        if not dry_run:
-            options = {"folder": f"{scratch}/tiny", "tiny": True, "dtype": "float32"}
-            children = [Child("engine", options, threads), Child("transformers", options, threads)]
-            worst = check(children[0], children[1], TINY, FLOAT32_TOLERANCE, 2 * BATCH)
-            print(f"tiny model, float32: scores agree to {worst:.1e} nats", flush=True)
-            for child in children:
-                child.close()
-        options = {"folder": f"{scratch}/full", "tiny": dry_run, "dtype": dtype}
-        engine, baseline = Child("engine", options, threads), Child("transformers", options, threads)
-        tolerance = FLOAT32_TOLERANCE if dry_run else BFLOAT16_TOLERANCE
-        worst = check(engine, baseline, size, tolerance, BATCH)
-        print(f"{dtype}: scores agree to {worst:.1e} nats", flush=True)
-        note = f"largest difference of scores {worst:.2e} nats ({dtype})"
-        rows.append({**about, "kind": "check", "threads": threads, "variant": "all", "candidates": BATCH, "note": note})
+def compare(sides: Sides, results: Results) -> dict[str, float]:
+    """Rounds until the time for them is up; returns each variant's median rate."""
+    run, columns = sides.run, BASELINES[sides.run.device]
+    for variant in sides.variants:
+        sides.measure(variant, 7)
+    rates: dict[str, list[float]] = {variant: [] for variant in sides.variants}
+    # On a GPU a third of what is left belongs to the whole attempt and RoSais.
+    until = run.deadline - (run.left / 3 if run.on_gpu else 0)
+    for number in rounds(1 if run.rehearse else run.rounds, until):
+        found = {variant: sides.measure(variant, 1000 * (number + 1)) for variant in rotated(sides.variants, number)}
+        rate = {variant: sides.rate(one) for variant, one in found.items()}
+        for variant in sides.variants:
+            rates[variant].append(rate[variant])
+            ratios = {column: round(rate[variant] / rate[name], 3) for name, column in columns.items()}
+            results.row(**row_of(sides, "speed", variant, found[variant], round=number, **ratios))
+        results.step("round", number=number, **{variant: round(value, 1) for variant, value in rate.items()})
+    return {variant: statistics.median(values) for variant, values in rates.items() if values}
 
-        def measure(variant: str, seed: int) -> dict[str, Any]:
-            if variant == ONE_BY_ONE:
-                return baseline.ask(do="time", batch=1, count=3 if dry_run else 24, seed=seed)
-            if variant == BATCHES:
-                return baseline.ask(do="time", batch=BATCH, count=BATCH * (1 if dry_run else 3), seed=seed)
-            in_flight = int(variant.split()[1])
-            return engine.ask(do="time", in_flight=in_flight, cells=cells[in_flight], seed=seed)
 
-        variants = [ONE_BY_ONE, BATCHES, *map(engine_variant, IN_FLIGHT)]
-        for variant in variants[:4]:
-            measure(variant, 7)
-        for number in range(rounds):
-            order = variants[number % len(variants) :] + variants[: number % len(variants)]
-            found = {variant: measure(variant, 1000 * (number + 1)) for variant in order}
-            rates = {variant: rate(found[variant], threads) for variant in variants}
-            for variant in variants:
-                ratios = {
-                    "ratio_to_one_by_one": round(rates[variant] / rates[ONE_BY_ONE], 3),
-                    "ratio_to_batches": round(rates[variant] / rates[BATCHES], 3),
-                }
-                rows.append(row(about, "speed", threads, variant, found[variant], round=number, **ratios))
-            shown = ", ".join(f"{variant} {rates[variant]:.1f}" for variant in variants)
-            print(f"{threads} threads, round {number + 1} of {rounds}: {shown}", flush=True)
-        if whole:
-            found_whole = engine.ask(do="time", in_flight=1, cells=None, seed=77)
-            rows.append(row(about, "whole run", threads, engine_variant(1), found_whole))
-            print(f"one whole run: {rows[-1]['candidates_per_s']} candidates/s", flush=True)
-        for child in (engine, baseline):
+def whole(sides: Sides, results: Results, medians: dict[str, float]) -> None:
+    """A whole attempt, and on a GPU RoSais, beside what transformers would take for as many passes."""
+    run, amounts = sides.run, sides.amounts
+
+    def keep(kind: str, variant: str, found: Row, rates: dict[str, float], **more: Any) -> None:
+        if run.device == "cuda":
+            slow = {name: found["candidates"] / rates[name] for name in (PUBLISHED, FASTEST)}
+            more |= {BASELINES["cuda"][name]: round(took / found["seconds"], 2) for name, took in slow.items()}
+            more["transformers_seconds"] = round(slow[PUBLISHED], 2)
+        results.row(**row_of(sides, kind, variant, found, **more))
+        results.step(kind, variant=variant, seconds=round(found["seconds"], 3), **more)
+
+    length = 6 if run.rehearse else amounts.prompt
+    sizes = {"in_flight": 1, "cells": None, "length": length, "answer": amounts.answer}
+    found = sides.engine.ask(run.left, do="attempts", seed=77, **sizes)
+    keep("whole run", "engine, 1 in flight" if run.device == "cpu" else f"{length} prompt tokens", found, medians)
+    if run.device == "cpu":
+        return
+    s1, s2 = (2, 4) if run.rehearse else (S1, S2)
+    # One scored token a pass here: the baseline is timed on such passes of its own.
+    short = {name: sides.rate(sides.passes(amounts.passes, 9, sides.fastest[name], target=1)) for name in (PUBLISHED, FASTEST)}
+    sides.engine.ask(run.left, do="rosais", length=amounts.prompt, seed=40, s1=2, s2=2)
+    found = sides.engine.ask(run.left, do="rosais", length=amounts.prompt, seed=50, s1=s1, s2=s2)
+    variant = f"S1 = {s1}, every layer; S2 = {s2}, one layer"
+    keep("rosais", variant, found, short, rosais_seconds=round(found["rosais_seconds"], 4))
+
+
+def measure_model(key: str, run: Run, threads: int, results: Results, agreed: bool) -> None:
+    """Check, then time everything of one model.
+
+    Raises:
+        ChildFailed: the sides disagree, or one ended or was too slow; what was measured stays.
+
+    """
+    folder = make_model(run.scratch / f"search-{key}", config_of(key, run.size), dtype_of(run) if run.size == "cpu" else None)
+    children: list[Child] = []
+    try:
+        if not agreed:
+            env = engine_environment(run, v2=False) | EXACT_FLOAT32
+            children.append(Child(__file__, "agreement", agreement_options(key, run), results.log, env))
+            found = children[0].read(run.left)
+            results.step("scores agree", model=key, **found)
+            children.pop().close()
+        children += [start(kind, key, folder, run, threads, results.log) for kind in ("transformers", "engine")]
+        baseline, engine = children
+        sides = Sides(key, run, threads, engine, baseline, {})
+        for child in children:
+            child.read(run.left)
+        results.step("both ready", model=key)
+        if run.size == "cpu":
+            check_scores(sides, results)
+        sides.choose(results)
+        whole(sides, results, compare(sides, results))
+    finally:
+        for child in children:
             child.close()
-    return rows
 
 
-def profile(threads: int, in_flight: int) -> None:
-    """Print where the engine's time goes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        make_model(Path(scratch), FULL, "bfloat16")
-        engine = Child("engine", {"folder": scratch, "tiny": False, "dtype": "bfloat16"}, threads)
-        engine.ask(do="time", in_flight=2, cells=4, seed=7)
-        found = engine.ask(do="profile", in_flight=in_flight, cells=CELLS[in_flight], seed=5)
-        engine.close()
+def check_scores(sides: Sides, results: Results) -> None:
+    """The model that is timed, too, where both sides have its weights.
+
+    Raises:
+        SystemExit: the sides differ.
+
+    """
+    run, config = sides.run, config_of(sides.key, sides.run.size)
+    from vllm_unsafe_routes import ModelShape
+
+    length, last = sides.amounts.prompt, config["vocab_size"] - 8
+    asked = {"prompt": token_ids(1, length, last), "target": token_ids(2, TARGET, last)}
+    asked["forced"] = candidates(ModelShape.from_hf_config(config), BATCH, 3, length)  # type: ignore[assignment]
+    scores = [sides.engine.ask(run.left, do="score", **asked)]
+    scores += [sides.baseline.ask(run.left, do="score", batch=batch, **asked) for batch in (1, BATCH)]
+    try:
+        worst = furthest(scores, TOLERANCE[dtype_of(run)])
+    except AssertionError as error:
+        raise SystemExit(str(error)) from None
+    note = f"largest difference of scores {worst:.2e} nats ({dtype_of(run)})"
+    results.row(kind="check", threads=sides.threads, variant="all", candidates=BATCH, note=note)
+    results.step("scores agree", note=note)
+
+
+def memory(run: Run, results: Results, long: bool) -> None:
+    """Peak memory over the number of candidates."""
+    counts = [20, 200] if run.rehearse else [1_000, 100_000, *([1_000_000] if long else [])]
+    child = Child(__file__, "memory", {"name": "lab", "warm_up": 20 * counts[0]}, results.log, engine_environment(run, v2=False))
+    child.read(run.left)
+    for count in counts:
+        found = child.ask(run.left, count=count)
+        peak = round(found["peak"], 1)
+        rate = round(found["candidates"] / found["cpu_seconds"], 2)
+        times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
+        about = {"kind": "memory", "threads": 1, "variant": "engine, lab model", "candidates": count}
+        results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak)
+        results.step("memory", candidates=count, peak_mib=peak, candidates_per_s=rate)
+    child.close()
+
+
+def profile(run: Run, log: Path) -> None:
+    """Print where the engine's time goes, 16 prompts in flight."""
+    folder = make_model(run.scratch / "search-olmoe", config_of("olmoe", run.size), dtype_of(run) if run.size == "cpu" else None)
+    engine, amounts = start("engine", "olmoe", folder, run, 1, log), AMOUNTS["cpu"]
+    engine.read(run.left)
+    engine.ask(run.left, do="attempts", in_flight=2, cells=4, length=amounts.prompt, seed=7)
+    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells[16], length=amounts.prompt, seed=5)
+    engine.close()
     print(f"{found['candidates']} candidates in {found['seconds']:.1f} s; {found['computed']} of {found['tokens']} tokens computed")
     for name, own, cumulative in found["rows"]:
         print(f"{100 * own / found['seconds']:6.2f}% own {100 * cumulative / found['seconds']:6.2f}% with callees  {name}")
 
 
-def memory(counts: list[int], threads: int) -> list[dict[str, Any]]:
-    """Peak memory over the number of candidates."""
-    child = Child("memory", {"counts": counts}, threads)
-    about, rows = facts(), []
-    for count in counts:
-        found = child.ask(count=count)
-        rows.append(row(about, "memory", threads, "engine, lab model", found, peak_rss_mib=round(found["peak"], 1)))
-        print(
-            f"{count} candidates: peak {found['peak']:.1f} MiB, {found['candidates'] / found['seconds']:.0f} candidates/s",
-            flush=True,
-        )
-    child.close()
-    return rows
+# Tables.
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of medians over rounds."""
-    timed = [entry for entry in rows if entry["kind"] == "speed"]
-    lines = [
-        "| what scores the candidates | threads | candidates/s | against one by one | against batches of 64 | tokens computed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for threads in sorted({int(entry["threads"]) for entry in timed}):
-        mine = [entry for entry in timed if int(entry["threads"]) == threads]
-        for variant in dict.fromkeys(entry["variant"] for entry in mine):
-            rounds = [entry for entry in mine if entry["variant"] == variant]
-
-            def middle(name: str, rounds: list[dict[str, Any]] = rounds) -> str:
-                values = [float(entry[name]) for entry in rounds]
-                return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
-
-            share = sum(int(entry["computed_tokens"]) for entry in rounds) / sum(int(entry["tokens"]) for entry in rounds)
-            ratios = f"{middle('ratio_to_one_by_one')} | {middle('ratio_to_batches')}"
-            lines.append(f"| {variant} | {threads} | {middle('candidates_per_s')} | {ratios} | {100 * share:.0f}% |")
+def cpu_table(rows: Rows) -> str:
+    """Medians over rounds."""
+    timed = [row for row in rows if row["kind"] == "speed"]
+    lines = []
+    for threads in sorted(distinct(timed, "threads"), key=int):
+        for variant in distinct(timed, "variant"):
+            mine = [row for row in timed if (row["threads"], row["variant"]) == (threads, variant)]
+            names = ("candidates_per_s", "ratio_to_one_by_one", "ratio_to_batches")
+            middle = [spread([float(row[name]) for row in mine], 1, 1) for name in names]
+            share = sum(int(row["computed_tokens"]) for row in mine) / sum(int(row["tokens"]) for row in mine)
+            lines.append([variant, threads, *middle, f"{100 * share:.0f}%"])
     if not timed:
-        lines.append("| not measured | | | | | |")
-        return "\n".join(lines)
-    first = timed[0]
-    lines.append("")
-    lines.append(
+        return NOT_MEASURED
+    header = ["what scores the candidates", "threads", "candidates/s", "against one by one", "against batches of 64"]
+    first, amounts = timed[0], AMOUNTS["cpu"]
+    note = (
         f"A second is one of CPU time with one thread, of the wall clock with more. Median and range of "
-        f"{max(int(entry['round']) for entry in timed) + 1} rounds over cells spread evenly over whole F-SOUR "
-        f"runs ({PROMPT_TOKENS} prompt and {TARGET_TOKENS} target tokens, {DRAWS} draws a cell); {first['device']}, vLLM "
+        f"{max(int(row['round']) for row in timed) + 1} rounds over cells spread evenly over whole F-SOUR "
+        f"runs ({amounts.prompt} prompt and {TARGET} target tokens, {DRAWS} draws a cell); {first['device']}, vLLM "
         f"{first['vllm']}, torch {first['torch']}, transformers {first['transformers']}, {first['date']}, commit {first['commit']}."
     )
-    for entry in rows:
-        if entry["kind"] == "whole run":
-            lines[-1] += f" A whole run of one prompt (threads: {entry['threads']}): {entry['candidates_per_s']} candidates/s."
-    flat = [entry for entry in rows if entry["kind"] == "memory"]
-    if flat:
-        shown = ", ".join(f"{int(entry['candidates']):,} candidates {float(entry['peak_rss_mib']):.0f} MiB" for entry in flat)
-        lines[-1] += f" Peak memory of a stream on the lab model: {shown}."
-    return "\n".join(lines)
+    for row in rows:
+        if row["kind"] == "whole run":
+            note += f" A whole run of one prompt (threads: {row['threads']}): {row['candidates_per_s']} candidates/s."
+    flat = [
+        f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} MiB" for row in rows if row["kind"] == "memory"
+    ]
+    note += f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else ""
+    return f"{markdown([*header, 'tokens computed'], lines)}\n\n{note}"
 
 
-def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write rows to the CSV; rows there of kinds that were not measured now stay."""
-    kinds = {entry["kind"] for entry in rows}
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as stream:
-            kept = [entry for entry in csv.DictReader(stream) if entry["kind"] not in kinds]
-    merged = [{name: entry.get(name, "") for name in COLUMNS} for entry in [*rows, *kept]]
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(merged)
-    return merged
+def gpu_table(rows: Rows) -> str:
+    """Rates, then whole attempts and RoSais."""
+    timed, lines, single = [row for row in rows if row["kind"] == "speed"], [], []
+    for model in distinct(timed, "model"):
+        for variant in distinct(timed, "variant"):
+            mine = [row for row in timed if (row["model"], row["variant"]) == (model, variant)]
+            names = ("candidates_per_s", "ratio_to_published", "ratio_to_fastest")
+            lines.append([model, variant, *(spread([float(row[name]) for row in mine], 1, 1) for name in names)])
+    for row in rows:
+        if row["kind"] in ("rosais", "whole run"):
+            name = {"rosais": "RoSais", "whole run": "whole F-SOUR attempt"}[row["kind"]]
+            cells = [row[column] for column in ("seconds", "candidates", "transformers_seconds", "ratio_to_published")]
+            single.append([row["model"], f"{name}, {row['variant']}", *cells])
+    rates = markdown(["model", "what", "candidates/s", "against the published way", "against its fastest experts"], lines)
+    wholes = markdown(["model", "what", "seconds", "candidates", "transformers, seconds", "ratio"], single)
+    return f"{rates}\n\n{wholes}\n\nEngine mode: {', '.join(distinct(rows, 'mode'))}. {where(rows[-1])}"
 
 
-def write_readme(readme: Path, table: str) -> None:
-    """Put the table between the README's marks."""
-    begin, end = map(re.escape, README_MARK)
-    text = readme.read_text()
-    new, found = re.subn(f"{begin}.*?{end}", lambda _: f"{README_MARK[0]}\n{table}\n{README_MARK[1]}", text, flags=re.DOTALL)
-    if not found:
-        raise SystemExit(f"{readme} has no marks {README_MARK[0]} and {README_MARK[1]}; the table is:\n{table}")
-    readme.write_text(new)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", default="1,2", help="numbers of OpenMP threads, the same for all variants (default: 1,2)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds after a warm-up (default: 3)")
-    parser.add_argument("--out", type=Path, help="CSV to write; rows of other kinds in it stay")
-    parser.add_argument("--readme", type=Path, help="also put the table into this README")
-    parser.add_argument("--dry-run", action="store_true", help="tiny model, one round, nothing written")
-    parser.add_argument("--no-whole", action="store_true", help="leave the whole run out")
-    parser.add_argument("--profile", type=int, nargs="?", const=16, choices=IN_FLIGHT, metavar="IN_FLIGHT", help="profile instead")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
-    parser.add_argument("--long", action="store_true", help="with --memory: also one million candidates")
-    parser.add_argument("--serve", choices=("engine", "transformers", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve == "memory":
-        serve_memory(**args.options)
-        return
-    if args.serve:
-        serve = serve_engine if args.serve == "engine" else serve_transformers
-        serve(args.options["folder"], TINY if args.options["tiny"] else FULL, args.options["dtype"])
-        return
-    threads = [int(part) for part in args.threads.split(",")]
+def main() -> int:
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--threads", default="1", help="numbers of OpenMP threads on CPU, the same for all variants (default: 1)")
+    options.add_argument("--agreed", action="store_true", help="the sides were seen to agree: start with the timing")
+    options.add_argument("--memory", action="store_true", help="measure peak memory instead")
+    options.add_argument("--long", action="store_true", help="with --memory: also one million candidates")
+    options.add_argument("--profile", action="store_true", help="profile the engine instead")
+    args: argparse.Namespace = options.parse_args()
+    run = run_of(args)
+    results, failed = Results(run, "search_speed"), []
     if args.profile:
-        profile(threads[0], args.profile)
-        return
-    rows: list[dict[str, Any]] = []
+        profile(run, results.log)
+        return 0
     if args.memory:
-        counts = [20, 200] if args.dry_run else [*MEMORY_COUNTS, *([1_000_000] if args.long else [])]
-        rows = memory(counts, threads[0])
-    else:
-        for at, number in enumerate(threads[:1] if args.dry_run else threads):
-            last = at == len(threads) - 1
-            rows += speed(number, 1 if args.dry_run else args.rounds, args.dry_run, last and not args.no_whole)
-    if args.dry_run:
-        print("dry run: everything was checked, no figure is worth keeping")
-        return
-    if args.out:
-        rows = merge(args.out, rows)
-    print(summary(rows))
-    if args.readme:
-        write_readme(args.readme, summary(rows))
+        memory(run, results, args.long)
+        return 0
+    for key in run.models:
+        for threads in map(int, args.threads.split(",")) if run.device == "cpu" else (1,):
+            try:
+                measure_model(key, run, threads, results, args.agreed)
+            except ChildFailed as error:
+                results.step("model failed", model=key, error=str(error))
+                failed.append(key)
+    if results.rows and not run.rehearse:
+        print((cpu_table if run.device == "cpu" else gpu_table)(results.rows))
+    return 1 if failed else 0
 
 
+CHILDREN = {"engine": serve_engine, "transformers": serve_transformers, "agreement": agreement, "memory": serve_memory}
 if __name__ == "__main__":
-    main()
+    if not serve_child(CHILDREN):
+        sys.exit(main())

@@ -1,286 +1,346 @@
-"""What route control costs in serving: throughput of this plugin against stock vLLM, turn by turn.
+"""What route control costs in serving: throughput with this plugin against stock vLLM, turn by turn.
 
-One process per variant holds its own engine; they take turns within each round, in rotating order, so that a machine whose
-speed drifts treats them alike. The figure is the ratio of a variant's throughput to stock's in the same round; the median
-over rounds is reported. Variants: stock (plugin switched off), idle (overrides enabled, none used), policy (4 of 64 experts
-banned at every layer), plans (a plan on every request: a mask on all tokens of two layers and ten forced routes).
+Variants: stock (the plugin is not loaded), idle (overrides enabled, none used), policy (some experts banned at every layer), plans
+(a plan on every request: a mask on all tokens of two layers and up to ten forced routes) and, on a GPU, eager (no plugin, but eager
+mode forced, as plugins that hook modules must). Each engine is a process of its own; all of a group stay up and take turns on the
+same requests, in an order that rotates from round to round. The figure is the ratio of a variant's throughput to stock's in the
+same round. "idle" and "plans" are requests to one engine.
 
-    python benchmarks/serving_cost.py --rounds 9 --out benchmarks/results/serving_cost_cpu.csv
-    python benchmarks/serving_cost.py --dry-run           # tiny shape, two rounds, checks only, nothing written
-
-The model has the OLMoE shape with random weights: 8 layers, 64 experts, top 8, hidden size 512, bfloat16.
+    python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
+    python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
+    python benchmarks/serving_cost.py --against ../other-checkout   # both trees' packages in the same rounds
+    python benchmarks/serving_cost.py --rehearse                    # tiny shape: checks only
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("stock", "idle", "policy", "plans")
-LOADS = {  # requests, prompt tokens, generated tokens
-    "prefill-heavy": (32, 128, 1),
-    "decode-heavy": (16, 16, 48),
-}
-TINY_LOADS = {"prefill-heavy": (4, 24, 1), "decode-heavy": (4, 8, 6)}
-COLUMNS = (
-    "date",
-    "commit",
-    "device",
-    "torch",
-    "vllm",
-    "load",
-    "variant",
-    "round",
-    "tokens",
-    "seconds",
-    "tokens_per_s",
-    "ratio_to_stock",
+from common import (
+    GIB,
+    NOT_MEASURED,
+    Child,
+    ChildFailed,
+    Results,
+    Row,
+    Rows,
+    Run,
+    distinct,
+    engine_environment,
+    engine_settings,
+    first_line,
+    lay_out,
+    markdown,
+    parser,
+    rotated,
+    rounds,
+    run_of,
+    serve_child,
+    spread,
+    support_path,
+    where,
 )
-README_MARK = ("<!-- serving-cost:begin -->", "<!-- serving-cost:end -->")
+from shapes import BYTES, NAMES, config_of, enliven, make_model, sizes_of, weight_bytes
+
+Load = tuple[int, int, int]  # requests, prompt tokens, generated tokens
+LOADS: dict[str, dict[str, Load]] = {
+    "cpu": {"prefill-heavy": (32, 128, 1), "decode-heavy": (16, 16, 48)},
+    # 5 and 33 requests are padded to a captured size of 8 and 64.
+    "cuda": {
+        "decode, 32 requests": (32, 32, 128),
+        "decode, 5 requests": (5, 32, 128),
+        "prefill": (32, 1024, 1),
+        "decode, 33 requests": (33, 32, 128),
+    },
+}
+TINY_LOADS: dict[str, dict[str, Load]] = {
+    "cpu": {"prefill-heavy": (4, 24, 1), "decode-heavy": (4, 8, 6)},
+    "cuda": {"decode, 3 requests": (3, 8, 4), "prefill": (2, 24, 1)},
+}
+VARIANTS = {
+    "idle": "overrides enabled, none used",
+    "policy": "a policy at every layer",
+    "plans": "a plan on every request",
+    "eager": "stock in forced eager mode",
+}
+# variant -> the engine that serves it
+ENGINES = {"stock": "stock", "idle": "routes", "plans": "routes", "policy": "policy", "eager": "eager"}
+AGAINST = ", other tree"
+# Beside weights and KV: CUDA context, activations, graphs.
+OVERHEAD = int(2.5 * GIB)
+STEP_TOKENS = 4096
 
 
-def make_model(folder: Path, tiny: bool) -> None:
-    """Save a random model of the OLMoE shape."""
-    import torch
-    import transformers
-
-    size = dict(
-        num_hidden_layers=2,
-        num_experts=16,
-        num_experts_per_tok=4,
-        hidden_size=64,
-        intermediate_size=32,
-        num_attention_heads=2,
-    )
-    if not tiny:
-        size = dict(
-            num_hidden_layers=8,
-            num_experts=64,
-            num_experts_per_tok=8,
-            hidden_size=512,
-            intermediate_size=256,
-            num_attention_heads=8,
-        )
-    config = transformers.OlmoeConfig(
-        vocab_size=1024,
-        max_position_embeddings=512,
-        num_key_value_heads=size["num_attention_heads"],
-        pad_token_id=0,
-        **size,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-
-
-def serve(model: str, variant: str) -> None:
-    """Child process: start an engine, then for every load named on stdin run it and print its seconds as JSON."""
+def serve(options: dict[str, Any]) -> Iterator[Any]:
+    """Child: an engine that runs a load when told to."""
+    support_path()
+    if options["cpu"]:
+        import engines  # noqa: F401 - the environment of CPU engines
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from vllm_unsafe_routes import ModelShape, RoutePlan
 
-    shape = ModelShape.from_hf_config(json.loads(Path(model, "config.json").read_text()))
+    config, name = options["config"], options["name"].removesuffix(AGAINST)
+    shape = ModelShape.from_hf_config(config)
+    spare = shape.num_experts - shape.top_k
     routes: dict[str, Any] | None = None
-    if variant == "policy":
-        layers = {str(layer): {"disabled": [1, 2, 3, 4]} for layer in shape.moe_layers}
+    if name == "policy":
+        layers = {str(layer): {"disabled": list(range(1, 1 + min(4, spare - 2)))} for layer in shape.moe_layers}
         routes = {"policy": {"version": "route-policy/1", "layers": layers}}
-    elif variant != "stock":
+    elif name == "routes":
         routes = {"allow_overrides": True}
-    llm = LLM(
-        model,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=64,
-        enable_prefix_caching=False,
-        seed=0,
-        additional_config={"unsafe_routes": routes} if routes else {},
-    )
-    rng = random.Random(0)
+    llm = LLM(options["folder"], **options["settings"], **({"additional_config": {"unsafe_routes": routes}} if routes else {}))
+    if options["settings"].get("load_format") == "dummy":
+        enliven(llm, shape.num_experts)
 
-    def plan(prompt_len: int) -> RoutePlan:
+    def plan(rng: random.Random, length: int) -> RoutePlan:
         made = RoutePlan()
         for layer in shape.moe_layers[:-1][:2]:
-            made.disable(layer, "all", rng.sample(range(shape.num_experts), 4))
-        for position in range(min(10, prompt_len)):
+            made.disable(layer, "all", rng.sample(range(shape.num_experts), min(4, spare)))
+        for position in range(min(10, length)):
             made.force(shape.moe_layers[-1], [position], rng.sample(range(shape.num_experts), shape.top_k))
         return made
 
-    print("ready", flush=True)
-    for line in sys.stdin:
-        num_requests, prompt_len, max_tokens = json.loads(line)
-        prompts = [TokensPrompt(prompt_token_ids=[rng.randrange(3, 1024) for _ in range(prompt_len)]) for _ in range(num_requests)]
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=plan(prompt_len).extra_args() if variant == "plans" else None,
-            )
-            for _ in prompts
-        ]
+    command = yield "ready"
+    while True:
+        (count, length, max_tokens), planned = command["load"], command["variant"] == "plans"
+        rng = random.Random(command["seed"])
+        last = config["vocab_size"] - 8
+        prompts = [TokensPrompt(prompt_token_ids=[rng.randrange(3, last) for _ in range(length)]) for _ in range(count)]
+        extras = [plan(rng, length).extra_args() if planned else None for _ in prompts]
+        asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
+        params = [SamplingParams(**asked, extra_args=extra) for extra in extras]
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
+        generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+        assert generated == count * max_tokens, f"{generated} tokens generated"
         for output in outputs:
             receipt = (output.kv_transfer_params or {}).get("unsafe_routes", {})
-            assert (receipt.get("plan") is not None) == (variant == "plans"), "a plan was not set, or one was"
-            assert (receipt.get("policy") is not None) == (variant == "policy"), "a policy was not in force, or one was"
-        print(json.dumps({"seconds": seconds, "tokens": num_requests * (prompt_len + max_tokens)}), flush=True)
+            assert (receipt.get("plan") is not None) == planned, "a plan was not set, or one was"
+            assert (receipt.get("policy") is not None) == (name == "policy"), "a policy was not in force, or one was"
+        command = yield {"seconds": seconds, "tokens": count * (length + max_tokens), "generated": generated}
 
 
-class Engine:
-    """One variant's process."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is served, and how.
 
-    def __init__(self, model: Path, variant: str) -> None:
-        env = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_UNSAFE_ROUTES_DISABLE": "1" if variant == "stock" else "0",
-        }
-        command = [sys.executable, __file__, "--serve", variant, "--model", str(model)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+    Attributes:
+        key: of the model.
+        config: its config.json.
+        folder: where it is.
+        kv_bytes: of one engine on a GPU.
+        at_once: engines that fit beside each other.
 
-    def read(self, prefix: str) -> str:
-        """The next output line that starts with `prefix`; vLLM prints lines of its own."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(prefix):
-                return line
-        raise RuntimeError("the engine process ended")
+    """
 
-    def run(self, load: tuple[int, int, int]) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(load) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.read("{"))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
+    key: str
+    config: dict[str, Any]
+    folder: Path
+    kv_bytes: int
+    at_once: int
 
 
-def facts() -> dict[str, str]:
-    """What a figure cannot be read without."""
-    import torch
-    import vllm
+def subject_of(key: str, run: Run) -> Subject:
+    """The model, with as many layers as leave room for two engines side by side."""
+    config = config_of(key, run.size)
+    if not run.on_gpu:
+        dtype = None if run.rehearse else "bfloat16"
+        return Subject(key, config, make_model(run.scratch / f"serving-{key}", config, dtype), 0, 16)
+    # A step's tokens twice over: prompts with one token to generate leave after their step.
+    kv_tokens = 2 * STEP_TOKENS + max(count * (length + new) for count, length, new in loads_of(run).values() if new > 1)
+    kv_bytes = int(kv_tokens * BYTES * sizes_of(config).num_layers * sizes_of(config).kv_values) + GIB // 4
+    free = first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    room = 0.97 * (float(free) * (1 << 20) if free.isdecimal() else 8.0 * GIB)
+    while config["num_hidden_layers"] > 1 and room < 2 * (weight_bytes(config) + kv_bytes + OVERHEAD):
+        config["num_hidden_layers"] -= 1
+    at_once = max(2, int(room // (weight_bytes(config) + kv_bytes + OVERHEAD)))
+    return Subject(key, config, make_model(run.scratch / f"serving-{key}", config), kv_bytes, at_once)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit,
-        "device": device,
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-    }
+
+def loads_of(run: Run) -> dict[str, Load]:
+    """The loads that were asked for."""
+    loads = TINY_LOADS[run.device] if run.rehearse else LOADS[run.device]
+    return {name: load for name, load in loads.items() if run.wants(name)}
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of the median ratios, with the range over rounds."""
-    lines = ["| against stock vLLM, same batch | prefill-heavy | decode-heavy |", "|---|---|---|"]
-    names = {
-        "idle": "overrides enabled, none used",
-        "policy": "a policy at every layer",
-        "plans": "a plan on every request",
-    }
-    for variant, name in names.items():
-        cells = []
-        for load in LOADS:
-            ratios = [float(row["ratio_to_stock"]) for row in rows if (row["variant"], row["load"]) == (variant, load)]
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "not measured")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    if rows:
-        first = rows[0]
-        lines.append("")
-        lines.append(
-            f"Throughput ratio, median and range of {max(int(row['round']) for row in rows) + 1} rounds; {first['device']}, "
-            f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, commit {first['commit']}."
+def start_engine(name: str, subject: Subject, run: Run, against: Path | None, log: Path) -> Child:
+    """The process of an engine; `against` is another tree, laid out, for the names that end in `AGAINST`."""
+    settings = engine_settings(run, subject.kv_bytes, "eager" if name == "eager" else run.mode, enable_prefix_caching=False)
+    settings |= {"dtype": "float32" if run.rehearse else "bfloat16", "max_num_seqs": 64}
+    if run.rehearse or run.on_gpu:
+        settings["load_format"] = "dummy"
+    settings["max_model_len"] = {"tiny": 256, "cpu": 512, "full": 2048}[run.size]
+    settings["max_num_batched_tokens"] = STEP_TOKENS
+    if not run.on_gpu and subject.config["model_type"] == "deepseek_v2":
+        settings["compilation_config"] = {"custom_ops": ["none"]}
+    env = engine_environment(run, v2=False)
+    if name in ("stock", "eager"):
+        env["VLLM_PLUGINS"] = ""
+    if name.endswith(AGAINST):
+        env["PYTHONPATH"] = str(against)
+    about = {"name": name, "folder": str(subject.folder), "config": subject.config, "settings": settings, "cpu": not run.on_gpu}
+    return Child(__file__, "engine", about, log, env)
+
+
+def measure_group(group: list[str], subject: Subject, run: Run, results: Results, against: Path | None) -> None:
+    """Start the engines of a group, warm them up, and let them take turns.
+
+    Raises:
+        ChildFailed: an engine ended or was too slow; what was measured stays.
+
+    """
+    children: dict[str, Child] = {}
+    try:
+        for name in group:
+            children[name] = start_engine(name, subject, run, against, results.log)
+            if not run.on_gpu:  # few cores: one after another
+                children[name].read(run.left)
+        for child in children.values() if run.on_gpu else ():
+            child.read(run.left)
+        results.step("engines ready", model=subject.key, engines="; ".join(group))
+        engine_of = {**ENGINES, **{f"{variant}{AGAINST}": f"{engine}{AGAINST}" for variant, engine in ENGINES.items()}}
+        variants = [variant for variant, engine in engine_of.items() if engine in group]
+
+        def ask(variant: str, load: Load, seed: int) -> Row:
+            answer: Row = children[engine_of[variant]].ask(run.left, variant=variant.removesuffix(AGAINST), load=load, seed=seed)
+            return answer
+
+        loads = loads_of(run)
+        for load in loads.values():
+            for variant in variants:
+                ask(variant, load, 0)
+        names = list(loads)
+        for at in rounds((1 if run.rehearse else run.rounds) * len(names), run.deadline):
+            number, name = at // len(names), names[at % len(names)]
+            found = {variant: ask(variant, loads[name], number + 1) for variant in rotated(variants, number)}
+            take_down(subject, run, results, name, number, {variant: found[variant] for variant in variants})
+    finally:
+        for child in children.values():
+            child.close()
+
+
+def take_down(subject: Subject, run: Run, results: Results, load: str, number: int, found: dict[str, Row]) -> None:
+    """One round of one load: a row for every variant."""
+    about: Row = {}
+    if run.device == "cuda":
+        about = {"model": NAMES[subject.key], "layers": subject.config["num_hidden_layers"], "mode": run.shown_mode}
+    ratios = {}
+    for variant, result in found.items():
+        ratios[variant] = round(found["stock"]["seconds"] / result["seconds"], 4)
+        results.row(
+            **about,
+            load=load,
+            variant=variant,
+            round=number,
+            tokens=result["tokens"],
+            seconds=round(result["seconds"], 5),
+            tokens_per_s=round(result["tokens"] / result["seconds"], 1),
+            new_tokens_per_s=round(result["generated"] / result["seconds"], 1),
+            ratio_to_stock=ratios[variant],
         )
-    return "\n".join(lines)
+    results.step("round", load=load, number=number, **ratios)
 
 
-def write_readme(readme: Path, table: str) -> None:
-    """Put the table between the README's marks."""
-    begin, end = map(re.escape, README_MARK)
-    text = readme.read_text()
-    new = re.sub(f"{begin}.*?{end}", lambda _: f"{README_MARK[0]}\n{table}\n{README_MARK[1]}", text, flags=re.DOTALL)
-    readme.write_text(new)
+def groups_of(engines: list[str], at_once: int) -> list[list[str]]:
+    """Engines that are up together, "stock" in every group."""
+    others = [name for name in engines if name != "stock"]
+    size = max(1, at_once - 1)
+    return [["stock", *others[start : start + size]] for start in range(0, len(others), size)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds after one warm-up round")
-    parser.add_argument("--out", type=Path, help="CSV to write, one row per variant, load and round")
-    parser.add_argument("--readme", type=Path, help="also put the table into this README")
-    parser.add_argument("--dry-run", action="store_true", help="tiny model, two rounds, nothing written")
-    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        serve(args.model, args.serve)
-        return
+# Tables.
 
-    loads = TINY_LOADS if args.dry_run else LOADS
-    rounds = 2 if args.dry_run else args.rounds
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        make_model(Path(scratch), args.dry_run)
-        engines = {variant: Engine(Path(scratch), variant) for variant in VARIANTS}
-        for variant, engine in engines.items():
-            engine.read("ready")
-            for load in loads.values():
-                engine.run(load)
-            print(f"{variant}: engine ready", flush=True)
-        about = facts()
-        for number in range(rounds):
-            order = VARIANTS[number % 4 :] + VARIANTS[: number % 4]
-            for load, sizes in loads.items():
-                measured = {variant: engines[variant].run(sizes) for variant in order}
-                for variant in VARIANTS:
-                    result = measured[variant]
-                    rows.append(
-                        {
-                            **about,
-                            "load": load,
-                            "variant": variant,
-                            "round": number,
-                            "tokens": int(result["tokens"]),
-                            "seconds": round(result["seconds"], 4),
-                            "tokens_per_s": round(result["tokens"] / result["seconds"], 1),
-                            "ratio_to_stock": round(measured["stock"]["seconds"] / result["seconds"], 4),
-                        }
-                    )
-            print(f"round {number + 1} of {rounds}", flush=True)
-        for engine in engines.values():
-            engine.close()
-    print(summary([] if args.dry_run else rows))
-    if args.out and not args.dry_run:
-        with args.out.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-    if args.readme and not args.dry_run:
-        write_readme(args.readme, summary(rows))
+
+def ratios_of(rows: Rows, load: str, variant: str) -> list[float]:
+    """A variant's ratios to stock, a round each."""
+    return [float(row["ratio_to_stock"]) for row in rows if (row["load"], row["variant"]) == (load, variant)]
+
+
+def cpu_table(rows: Rows) -> str:
+    """Median ratios with the range over rounds."""
+    loads = LOADS["cpu"]
+    lines = [
+        [VARIANTS[variant], *(spread(ratios_of(rows, load, variant), 3, 2) for load in loads)]
+        for variant in ("idle", "policy", "plans")
+    ]
+    table = markdown(["against stock vLLM, same batch", *loads], lines)
+    if not rows:
+        return table
+    row, count = rows[0], 1 + max(int(row["round"]) for row in rows)
+    return (
+        f"{table}\n\nThroughput ratio, median and range of {count} rounds; {row['device']}, vLLM {row['vllm']}, torch "
+        f"{row['torch']}, {row['date']}, commit {row['commit']}."
+    )
+
+
+def gpu_table(rows: Rows) -> str:
+    """Tokens per second of stock and the ratios to it."""
+    lines = []
+    for model in distinct(rows, "model"):
+        mine = [row for row in rows if row["model"] == model]
+        for load in distinct(mine, "load"):
+            rates = [float(row["tokens_per_s"]) for row in mine if (row["load"], row["variant"]) == (load, "stock")]
+            cells = [spread(ratios_of(mine, load, variant), 3, 3) for variant in VARIANTS]
+            stock = f"{statistics.median(rates):,.0f}" if rates else NOT_MEASURED
+            lines.append([f"{model}, {mine[0]['layers']} layers", load, stock, *cells])
+    count = 1 + max((int(row["round"]) for row in rows), default=-1)
+    modes = ", ".join(map(str, distinct(rows, "mode")))
+    table = markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
+    note = f"Throughput ratio to stock, median and range of up to {count} rounds, turn by turn; engine mode: {modes}."
+    return f"{table}\n\n{note} {where(rows[-1])}"
+
+
+def trees_table(rows: Rows) -> str:
+    """This tree's seconds over the other's in the same round: 1 is equal, more is slower."""
+    seconds = {(row["load"], row["variant"], row["round"]): float(row["seconds"]) for row in rows}
+    lines = []
+    for load in distinct(rows, "load"):
+        for variant in VARIANTS:
+            pairs = [
+                (took, seconds[load, variant + AGAINST, number])
+                for (of_load, of_variant, number), took in seconds.items()
+                if (of_load, of_variant) == (load, variant) and (load, variant + AGAINST, number) in seconds
+            ]
+            if pairs:
+                lines.append([load, VARIANTS[variant], spread([ours / theirs for ours, theirs in pairs], 3, 3)])
+    return markdown(["load", "variant", "seconds of this tree over the other's"], lines)
+
+
+def main() -> int:
+    options = parser(__doc__, rounds=9)
+    options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
+    args = options.parse_args()
+    run = run_of(args)
+    results, failed = Results(run, "serving_cost"), []
+    against = lay_out(args.against.resolve(), run.scratch / "against") if args.against else None
+    engines = [name for name in dict.fromkeys(ENGINES.values()) if name != "eager" or (run.on_gpu and run.mode != "eager")]
+    engines += [f"{name}{AGAINST}" for name in ("routes", "policy") if against]
+    for key in run.models:
+        subject = subject_of(key, run)
+        results.step("model begins", model=key, layers=subject.config["num_hidden_layers"], at_once=subject.at_once)
+        for group in groups_of(engines, subject.at_once):
+            try:
+                measure_group(group, subject, run, results, against)
+            except ChildFailed as error:
+                results.step("group failed", model=key, group="; ".join(group), error=str(error))
+                failed.append(key)
+    table = cpu_table if run.device == "cpu" else gpu_table
+    if results.rows and not run.rehearse:
+        print(table(results.rows))
+    if against:
+        print(trees_table(results.rows))
+    return 1 if failed or not results.rows else 0
 
 
 if __name__ == "__main__":
-    main()
+    if not serve_child({"engine": serve}):
+        sys.exit(main())

@@ -1,0 +1,131 @@
+"""The one command for figures in documents: merge results into the committed CSV files, and rewrite every marked table from these.
+
+    python benchmarks/tables.py                            # the tables of README.md and docs/ from benchmarks/results
+    python benchmarks/tables.py runs/bench                 # after a benchmark here
+    python benchmarks/tables.py call-1.tgz call-2.tgz      # after calls on a GPU: what came back
+
+Each result is a folder or a .tgz of JSON-lines files, one a question. Where several measured the same thing (the same check, shape
+or model), the last of them counts, and what none of them measured stays. A rehearsal is refused: its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lab_results
+import search_speed
+import serving_cost
+from common import NOT_MEASURED, ROOT, Rows, read_csv, read_rows, rewrite, write_csv
+
+# question -> the columns that say what a row measured
+QUESTIONS = {
+    "serving_cost": ("model",),
+    "search_speed": ("model", "kind"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A marked table.
+
+    Attributes:
+        question: the benchmark that it is made from.
+        on_gpu: whether it shows rows measured on GPUs; each GPU gets a table of its own.
+        make: rows -> Markdown.
+
+    """
+
+    question: str
+    on_gpu: bool
+    make: Callable[[Rows], str]
+
+
+TABLES = {
+    "serving-cost": Table("serving_cost", False, serving_cost.cpu_table),
+    "gpu-serving": Table("serving_cost", True, serving_cost.gpu_table),
+    "search-speed": Table("search_speed", False, search_speed.cpu_table),
+    "gpu-search": Table("search_speed", True, search_speed.gpu_table),
+    **{mark: Table("lab_results", False, make) for mark, make in lab_results.TABLES.items()},
+}
+
+
+def load(source: Path) -> dict[str, Rows]:
+    """question -> rows of one result; also of one that was cut off, as far as it came.
+
+    Raises:
+        SystemExit: it is a rehearsal's, or no result.
+
+    """
+    if source.is_dir():
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in source.glob("*.jsonl")}
+    else:
+        with tarfile.open(source) as packed:
+            members = [item for item in packed.getmembers() if item.isfile() and item.name.endswith(".jsonl")]
+            texts = {Path(item.name).stem: packed.extractfile(item).read().decode() for item in members}  # type: ignore[union-attr]
+    found = {question: rows for question in QUESTIONS if (rows := read_rows(texts.get(question, "")))}
+    if not found:
+        raise SystemExit(f"{source} holds no result of a benchmark")
+    if any(row.get("rehearsal") for rows in found.values() for row in rows):
+        raise SystemExit(f"{source} is a rehearsal: its figures mean nothing and go into no table")
+    return found
+
+
+def csv_of(question: str, device: str, results: Path) -> Path:
+    """The committed file of a question on a device."""
+    name = "cpu" if "CPU cores" in device else re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+    return results / f"{question}_{name}.csv"
+
+
+def merge(question: str, rows: Rows, results: Path) -> Path:
+    """Write rows into the committed file; rows there of what was not measured now stay."""
+    path = csv_of(question, rows[0]["device"], results)
+
+    def subject(row: dict[str, object]) -> tuple[object, ...]:
+        return tuple(row.get(name) or "" for name in QUESTIONS[question])
+
+    new = {subject(row) for row in rows}
+    kept = [row for row in read_csv(path) if subject(row) not in new] if path.exists() else []
+    write_csv(path, [*({name: value for name, value in row.items() if name != "rehearsal"} for row in rows), *kept])
+    return path
+
+
+def tables(results: Path = ROOT / "benchmarks/results") -> dict[str, str]:
+    """mark -> table, from the committed files."""
+    made = {}
+    for mark, table in TABLES.items():
+        cpu = results / ("lab_results.csv" if table.question == "lab_results" else f"{table.question}_cpu.csv")
+        paths = sorted(set(results.glob(f"{table.question}_*.csv")) - {cpu}) if table.on_gpu else [cpu]
+        shown = [table.make(read_csv(path)) for path in paths if path.exists()]
+        made[mark] = "\n\n".join(shown) or NOT_MEASURED
+    return made
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """Where marks are looked for."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("sources", type=Path, nargs="*", metavar="RESULT", help="folder or .tgz of a benchmark or a GPU call")
+    options.add_argument("--root", type=Path, default=ROOT, help="tree whose results and documents are written (default: this one)")
+    args = options.parse_args()
+    results = args.root / "benchmarks/results"
+    # All are read before anything is written, so that a refused one changes nothing.
+    for found in [load(source) for source in args.sources]:
+        for question, rows in found.items():
+            print(merge(question, rows, results))
+    for mark, table in tables(results).items():
+        places = [str(path) for path in documents(args.root) if rewrite(path, mark, table)]
+        print(f"{mark}: {', '.join(places) or 'no document has its marks'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
