@@ -4,8 +4,9 @@ Start with `RoutePlan` (per request), `RoutePolicy` (engine-wide) and `RouteScor
 from a request to the kernel.
 """
 
+from .directive import Directive
 from .errors import RouteError
-from .plan import Directive, RoutePlan
+from .plan import RoutePlan
 from .policy import LayerPolicy, RoutePolicy
 from .receipt import Receipt, receipt_of
 from .search.scorer import RouteScorer

@@ -13,14 +13,15 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from .directive import Directive
 from .errors import RouteError
-from .plan import Directive, RoutePlan, parse_plan
+from .plan import RoutePlan, parse_plan
 from .policy import RoutePolicy
 from .shape import ModelShape
 
@@ -72,35 +73,45 @@ class RowLayout:
         return int.from_bytes(row[:4], "little"), int.from_bytes(row[4 : 4 + 4 * self.num_words], "little")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledPlan:
-    """A plan checked against one model and policy.
+    """A plan checked against one model and policy. Many requests share one, so nothing of it can change.
 
     Attributes:
         digest: the plan's digest.
         rows: distinct row contents, `RowLayout` bytes each.
         block: int32 [num_moe_layers, num_listed + 2]; index into `rows`, or `NO_ROW`: no directive, the policy's row holds.
             Column p < num_listed is prompt position p; then come the defaults of prompt and of generated positions.
+            Becomes read-only.
         native: whether its weights are `native`.
-        max_position: largest listed position, -1 if none; the prompt must be longer.
 
     """
 
-    __slots__ = ("_counts", "_cumulative", "_digests", "block", "digest", "max_position", "native", "rows")
+    digest: str
+    rows: tuple[bytes, ...]
+    block: npt.NDArray[np.int32]
+    native: bool = False
+    # Directives of each column, and of all columns before each.
+    _counts: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _cumulative: npt.NDArray[np.int64] = field(init=False, repr=False)
+    # Column -> digest of what it does, made when it is first asked for.
+    _digests: dict[int, bytes] = field(init=False, repr=False, default_factory=dict)
 
-    def __init__(self, digest: str, rows: list[bytes], block: npt.NDArray[np.int32], native: bool = False) -> None:
-        self.digest = digest
-        self.rows = rows
-        self.block = block
-        self.native = native
-        self.max_position = block.shape[1] - 3
-        self._counts = (block != NO_ROW).sum(axis=0)
-        self._cumulative = np.concatenate([[0], np.cumsum(self._counts[:-2])])
-        self._digests: dict[int, bytes] = {}
+    def __post_init__(self) -> None:
+        self.block.setflags(write=False)
+        counts = (self.block != NO_ROW).sum(axis=0)
+        object.__setattr__(self, "_counts", counts)
+        object.__setattr__(self, "_cumulative", np.concatenate([[0], np.cumsum(counts[:-2])]))
+
+    @property
+    def max_position(self) -> int:
+        """Largest listed position, -1 if none; the prompt must be longer."""
+        return self.num_listed - 1
 
     @property
     def num_listed(self) -> int:
         """Number of leading prompt positions that have a column of their own."""
-        return self.block.shape[1] - 2
+        return int(self.block.shape[1]) - 2
 
     def column(self, position: int, prompt_len: int) -> int:
         """Column of `block` that holds for a position of a request with a prompt of `prompt_len` tokens."""
@@ -144,7 +155,7 @@ class CompiledPlan:
             block[slot, position] = len(rows)
             rows.append(content)
         changed = {position for _, position, _ in cells}
-        made = CompiledPlan(digest, rows, block, self.native)
+        made = CompiledPlan(digest, tuple(rows), block, self.native)
         if needed <= listed:
             for column in range(listed + 2):
                 if column not in changed:
@@ -335,7 +346,7 @@ class PlanCompiler:
             untouched = [position for position in range(num_listed) if position not in cells]
             block[slot, untouched] = block[slot, num_listed]
         self._check_size(num_listed, len(row_of))
-        return CompiledPlan(plan.digest, list(row_of), block, native)
+        return CompiledPlan(plan.digest, tuple(row_of), block, native)
 
     def _check_directive(self, item: Directive) -> None:
         shape = self.shape

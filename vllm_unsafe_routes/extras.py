@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import RouteError
-from .plan import PLAN_KEY, RETURN_ROUTES_KEY
+from .wire import PLAN_KEY, RETURN_ROUTES_KEY
 
 DELTA_KEY = "route_delta"
 SCORE_KEY = "score_tokens"
@@ -32,9 +32,9 @@ KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, SCORE_KEY)
 _TRUE, _FALSE = (True, 1, "true", "True", "1"), (False, 0, None, "false", "False", "0")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoreSpec:
-    """Which log-probabilities a request asks for.
+    """Which log-probabilities a request asks for; compared by content, without a hash.
 
     Attributes:
         first_row: 0-based prompt position after which the first scored token would stand.
@@ -52,7 +52,14 @@ class ScoreSpec:
             raise RouteError(
                 f"{SCORE_KEY} must be [first row, width, width token ids per row], got {len(values)} values: {list(values[:8])}"
             )
-        return cls(values[0], np.array(values[2:], np.int32).reshape(-1, values[1]))
+        token_ids = np.array(values[2:], np.int32).reshape(-1, values[1])
+        token_ids.setflags(write=False)
+        return cls(values[0], token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ScoreSpec):
+            return NotImplemented
+        return self.first_row == other.first_row and np.array_equal(self.token_ids, other.token_ids)
 
     def to_flat(self) -> list[int]:
         """The travelling form."""

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from .directive import integers
 from .errors import RouteError
-from .plan import WEIGHT_MODES, _integers, reject_unknown_keys, unique_keys
+from .plan import WEIGHT_MODES
 from .shape import ModelShape
+from .wire import read_document, reject_unknown_keys
 
 POLICY_VERSION = "route-policy/1"
 # "observe" counts what "enforce" would change, and changes nothing.
@@ -33,10 +36,14 @@ class LayerPolicy:
     disabled: frozenset[int] = frozenset()
     protected: frozenset[int] = frozenset()
 
+    def __post_init__(self) -> None:
+        for name in ("disabled", "protected"):
+            object.__setattr__(self, name, frozenset(integers(getattr(self, name), f"policy: {name}")))
+
 
 @dataclass(frozen=True)
 class RoutePolicy:
-    """An engine-wide policy.
+    """An engine-wide policy. It keeps copies of what it is made of, so that its digest always tells what it does.
 
     Attributes:
         layers: decoder layer index -> what holds there.
@@ -54,10 +61,21 @@ class RoutePolicy:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_MODES:
             raise RouteError(f"policy weights {self.weights!r} is not one of {', '.join(WEIGHT_MODES)}")
-        for layer, entry in self.layers.items():
+        if self.model is not None and not isinstance(self.model, str):
+            raise RouteError(f"policy model must be a fingerprint string or null, got {self.model!r}")
+        layers = dict(zip(integers(self.layers, "policy layers"), self.layers.values(), strict=True))
+        for layer, entry in layers.items():
+            if not isinstance(entry, LayerPolicy):
+                raise RouteError(f"policy layer {layer} must be a LayerPolicy, got {entry!r}")
             both = sorted(entry.disabled & entry.protected)
             if both:
                 raise RouteError(f"policy layer {layer}: expert {both[0]} is both disabled and protected")
+        object.__setattr__(self, "layers", MappingProxyType(layers))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view can be neither pickled nor copied deeply.
+        return RoutePolicy, (dict(self.layers), self.weights, self.model, dict(self.provenance))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutePolicy:
@@ -78,21 +96,7 @@ class RoutePolicy:
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> RoutePolicy:
         """Read the `route-policy/1` form; unknown keys and versions are refused."""
-        if isinstance(text, Mapping):
-            document: Any = text
-        else:
-            try:
-                document = json.loads(text, object_pairs_hook=unique_keys)
-            except (ValueError, RecursionError) as error:
-                raise RouteError(f"the policy is not JSON: {error}") from None
-        if not isinstance(document, Mapping):
-            raise RouteError(f"the policy must be a JSON object, got {type(document).__name__}")
-        if document.get("version") != POLICY_VERSION:
-            raise RouteError(f"policy version {document.get('version')!r} is not {POLICY_VERSION!r}")
-        reject_unknown_keys(document, {"version", "weights", "model", "layers", "provenance"}, "policy")
-        model = document.get("model")
-        if model is not None and not isinstance(model, str):
-            raise RouteError(f"policy model must be a fingerprint string or null, got {model!r}")
+        document = read_document(text, "policy", POLICY_VERSION, {"version", "weights", "model", "layers", "provenance"})
         entries, provenance = document.get("layers"), document.get("provenance", {})
         if not isinstance(entries, Mapping):
             raise RouteError(f"policy layers must be an object of layer -> entry, got {entries!r}")
@@ -108,13 +112,13 @@ class RoutePolicy:
             reject_unknown_keys(entry, {"disabled", "protected"}, where)
             if int(name) in layers:
                 raise RouteError(f"{where} is given twice")
-            disabled = _integers(entry.get("disabled", ()), f"{where}: disabled")
-            protected = _integers(entry.get("protected", ()), f"{where}: protected")
+            disabled = integers(entry.get("disabled", ()), f"{where}: disabled")
+            protected = integers(entry.get("protected", ()), f"{where}: protected")
             for key, experts in (("disabled", disabled), ("protected", protected)):
                 if len(set(experts)) != len(experts):
                     raise RouteError(f"{where}: an expert is repeated in {key}: {list(experts)}")
             layers[int(name)] = LayerPolicy(frozenset(disabled), frozenset(protected))
-        return cls(layers, document.get("weights", "masked"), model, dict(provenance))
+        return cls(layers, document.get("weights", "masked"), document.get("model"), provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form as plain Python values."""

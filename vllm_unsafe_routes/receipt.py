@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ CARRIER = "kv_transfer_params"
 RECEIPT_KEY = "unsafe_routes"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Receipt:
-    """Proof of what ran.
+    """Proof of what ran. Two are equal if all they say is equal, arrays by content (NaN equals NaN); they have no hash.
 
     Attributes:
         plan: the plan's digest; None for a request without one.
@@ -49,6 +49,11 @@ class Receipt:
     scores: npt.NDArray[np.float32] | None = None
     policy_mode: str | None = None
     earlier_policies: tuple[str | None, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Receipt):
+            return NotImplemented
+        return all(_same(getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The form that travels: plain values, arrays as base64 of zlib-compressed little-endian bytes."""
@@ -81,6 +86,10 @@ class Receipt:
             ids = np.frombuffer(zlib.decompress(base64.b64decode(routes["ids"])), "<i4").reshape(shape)
             weights = np.frombuffer(zlib.decompress(base64.b64decode(routes["weights"])), "<f4").reshape(shape)
         scores = document.get("scores")
+        if scores is not None:
+            scores = np.array(scores, np.float32)
+            # As the other two are, which are views of bytes.
+            scores.setflags(write=False)
         return cls(
             plan=document["plan"],
             policy=document["policy"],
@@ -88,10 +97,16 @@ class Receipt:
             cached_tokens=document["cached_tokens"],
             route_ids=ids,
             route_weights=weights,
-            scores=None if scores is None else np.array(scores, np.float32),
+            scores=scores,
             policy_mode=document.get("policy_mode"),
             earlier_policies=tuple(document.get("earlier_policies", ())),
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return bool(type(one) is type(other) and one == other)
 
 
 def _pack(array: npt.NDArray[Any]) -> str:

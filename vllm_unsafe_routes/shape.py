@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from .errors import RouteError
@@ -46,8 +47,12 @@ class ModelShape:
     native_weights: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.moe_layers:
+        layers = tuple(self.moe_layers)
+        object.__setattr__(self, "moe_layers", layers)
+        if not layers:
             raise RouteError(f"model_type {self.model_type!r} has no MoE layer: there is nothing to route")
+        if list(layers) != sorted({*layers} & {*range(self.num_hidden_layers)}):
+            raise RouteError(f"moe_layers {list(layers)} must be increasing layer indices (0-{self.num_hidden_layers - 1})")
         if not 1 <= self.top_k <= self.num_experts:
             raise RouteError(f"top_k {self.top_k} is out of range for {self.num_experts} experts (1-{self.num_experts})")
 
@@ -67,7 +72,11 @@ class ModelShape:
     @cached_property
     def slot_of_layer(self) -> Mapping[int, int]:
         """Decoder layer index -> index among the MoE layers (the row of the row-index table)."""
-        return {layer: slot for slot, layer in enumerate(self.moe_layers)}
+        return MappingProxyType({layer: slot for slot, layer in enumerate(self.moe_layers)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is computed on demand: a read-only view cannot be pickled.
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def describe_layers(self) -> str:
         """The MoE layers as short text for messages: `0-15` or `1, 3, 5`."""
@@ -115,7 +124,7 @@ def _is_moe_layer(layer: int, get: Any) -> bool:
     """Whether a decoder layer has experts, by the config keys that the families use for it."""
     explicit = get("moe_layers")
     if explicit is not None:  # Llama-4
-        return layer in explicit
+        return bool(layer in explicit)
     layer_types = get("mlp_layer_types")
     if layer_types is not None:  # transformers 5 writes this for Qwen and GLM families
         return layer_types[layer] != "dense"

@@ -8,7 +8,7 @@ This module imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .compiled import CompiledPlan
 
@@ -34,7 +34,7 @@ class RowStore:
         """How many of these distinct contents have no id yet."""
         return sum(content not in self._id_of for content in contents)
 
-    def acquire(self, contents: list[bytes]) -> tuple[list[int], list[int]]:
+    def acquire(self, contents: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Hold every content once more.
 
         Returns:
@@ -53,7 +53,7 @@ class RowStore:
             ids.append(row)
         return ids, new
 
-    def release(self, contents: list[bytes]) -> None:
+    def release(self, contents: Sequence[bytes]) -> None:
         """Let go of what `acquire` held."""
         for content in contents:
             self._holders[content] -= 1

@@ -1,6 +1,8 @@
 """Plans as values: building, both wire forms, refusals that need no model."""
 
+import copy
 import json
+import pickle
 import zlib
 from base64 import b64encode
 
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_unsafe_routes import RouteError, RoutePlan
-from vllm_unsafe_routes.plan import WIRE_PREFIX
+from vllm_unsafe_routes.plan import parse_plan
+from vllm_unsafe_routes.wire import WIRE_PREFIX
 
 experts = st.lists(st.integers(0, 511), min_size=1, max_size=10, unique=True)
 positions = st.one_of(
@@ -111,3 +114,45 @@ def test_a_plan_of_a_whole_prompt_stays_small():
         for position in range(48):
             plan.force(layer, [position], [(layer * 7 + position * 5 + k * 11) % 64 for k in range(6)])
     assert len(plan.to_string()) < 20_000
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", "feedfacefeedface"), ("weights", "native"), ("weights", "sharp")])
+def test_a_plan_is_built_with_its_mode_and_model(name, value):
+    plan = RoutePlan().force(1, [3], [1, 2])
+    text, digest = plan.to_string(), plan.digest
+    with pytest.raises(AttributeError):
+        setattr(plan, name, value)
+    assert (plan.to_string(), plan.digest) == (text, digest)
+
+
+def test_string_and_digest_follow_every_directive():
+    plan = RoutePlan()
+    seen = set()
+    for layer in range(4):
+        again = RoutePlan.from_string(plan.to_string())
+        assert again.digest == plan.digest and again == plan
+        seen.add((plan.to_string(), plan.digest))
+        assert plan.disable(layer, "all", [1]) is plan
+    assert len(seen) == 4
+
+
+def test_what_can_change_has_no_hash():
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(RoutePlan())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_copy_is_a_plan_of_its_own(copied):
+    plan = RoutePlan("native", "feedfacefeedface").force(1, [3], [1, 2])
+    text = plan.to_string()
+    other = copied(plan)
+    assert other == plan and other.to_string() == text
+    other.disable(0, "all", [5])
+    assert plan.to_string() == text == RoutePlan("native", "feedfacefeedface").force(1, [3], [1, 2]).to_string()
+    assert other != plan and RoutePlan.from_string(other.to_string()) == other
+
+
+def test_a_remembered_plan_is_nobody_elses():
+    text = RoutePlan().disable(1, "all", [5]).to_string()
+    parse_plan(text).disable(2, "all", [6])
+    assert parse_plan(text).to_string() == text

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..compiled import PlanCompiler
 from ..errors import RouteError
-from ..plan import reject_unknown_keys
 from ..policy import POLICY_MODES, POLICY_VERSION, ActivePolicy, RoutePolicy
 from ..shape import ModelShape
+from ..wire import reject_unknown_keys
 
 CONFIG_KEY = "unsafe_routes"
 # Router logits are of the order of 10; noise far above it is a random router.

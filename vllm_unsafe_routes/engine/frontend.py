@@ -13,8 +13,9 @@ from vllm.exceptions import VLLMValidationError
 from ..compiled import CompiledPlan, PlanCompiler
 from ..errors import RouteError
 from ..extras import KEYS, SCORE_KEY, RouteExtras, ScoreSpec
-from ..plan import PLAN_KEY, parse_plan
+from ..plan import parse_plan
 from ..policy import ActivePolicy
+from ..wire import PLAN_KEY
 from .config import RouteConfig, model_shape, route_config
 
 _GUARD = "unsafe_routes_guard"

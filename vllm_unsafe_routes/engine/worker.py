@@ -240,7 +240,7 @@ class RouteController:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _acquire(self, contents: list[bytes]) -> list[int]:
+    def _acquire(self, contents: Sequence[bytes]) -> list[int]:
         ids, new = self._rows.acquire(contents)
         if new:
             contents = [contents[at] for at in new]

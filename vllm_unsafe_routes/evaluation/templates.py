@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouteError
-from ..plan import reject_unknown_keys
+from ..wire import reject_unknown_keys
 
 TEMPLATE_VERSION = "judge-template/1"
 PARSERS = ("yes_no", "safe_unsafe", "strongreject", "rating")

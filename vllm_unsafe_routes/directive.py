@@ -1,0 +1,113 @@
+"""One directive of a route plan, checked for everything that is wrong whatever the model is.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import RouteError
+
+Kind = Literal["disable", "allow", "force"]
+KINDS: tuple[Kind, ...] = ("disable", "allow", "force")
+SPANS = ("prompt", "generated", "all")
+_LIMIT = 1 << 31
+_MAX_WEIGHT = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """One wish: at this layer, for these positions, these experts.
+
+    Attributes:
+        kind: `disable`, `allow` or `force`.
+        layer: 0-based decoder layer index.
+        positions: 0-based prompt positions, or one of `prompt`, `generated`, `all`.
+        experts: distinct expert ids; for `force` in the order of `weights`.
+        weights: for `force` only, the final routing weights of `experts`; None: by the plan's weight mode.
+
+    """
+
+    kind: Kind
+    layer: int
+    positions: tuple[int, ...] | str
+    experts: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+    @classmethod
+    def checked(cls, where: str, kind: Any, layer: Any, positions: Any, experts: Any, weights: Any = None) -> Directive:
+        """A directive of values that nobody has checked yet.
+
+        Args:
+            where: which directive this is, for messages.
+            kind: as the attribute, like those that follow; lists become tuples.
+            layer: see there.
+            positions: see there.
+            experts: see there.
+            weights: see there.
+
+        Raises:
+            RouteError: naming field, value and limit.
+
+        """
+        if kind not in KINDS:
+            raise RouteError(f"directive kind {kind!r} is not one of {', '.join(KINDS)}")
+        layer = _integer(layer, f"{where}: layer")
+        where = f"{where} ({kind} at layer {layer})"
+        if isinstance(positions, str):
+            if positions not in SPANS:
+                raise RouteError(f"{where}: positions {positions!r} is not a list or one of {', '.join(SPANS)}")
+        else:
+            positions = integers(positions, f"{where}: positions")
+            if not positions:
+                raise RouteError(f"{where}: positions is empty")
+            if len(set(positions)) != len(positions):
+                raise RouteError(f"{where}: a position is repeated in {list(positions)}")
+        experts = integers(experts, f"{where}: experts")
+        if not experts:
+            raise RouteError(f"{where}: experts is empty")
+        if len(set(experts)) != len(experts):
+            repeated = next(expert for expert in experts if experts.count(expert) > 1)
+            raise RouteError(f"{where}: expert {repeated} is repeated")
+        if weights is not None:
+            if kind != "force":
+                raise RouteError(f"{where}: weights are for force only")
+            weights = _weights(weights, len(experts), where)
+        return cls(kind, layer, positions, experts, weights)
+
+
+def integers(values: Any, what: str) -> tuple[int, ...]:
+    """A tuple of integers from 0 to 2^31 - 1. Raises `RouteError` naming the first that is none."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise RouteError(f"{what} must be a list of integers, got {values!r}")
+    found = tuple(values)
+    for value in found:
+        if type(value) is not int or not 0 <= value < _LIMIT:
+            # Seldom: numpy's integers, or an error. A search makes too many plans to name every value beforehand.
+            return tuple(_integer(value, f"{what}[{at}]") for at, value in enumerate(found))
+    return found
+
+
+def _integer(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise RouteError(f"{what} must be an integer, got {value!r}")
+    if value < 0 or value >= _LIMIT:
+        raise RouteError(f"{what} {value} is out of range (0-{_LIMIT - 1})")
+    return int(value)
+
+
+def _weights(values: Any, num_experts: int, where: str) -> tuple[float, ...]:
+    try:
+        weights = tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        raise RouteError(f"{where}: weights must be a list of numbers, got {str(values)[:80]}") from None
+    if len(weights) != num_experts:
+        raise RouteError(f"{where}: {len(weights)} weights for {num_experts} experts")
+    if not all(abs(weight) <= _MAX_WEIGHT for weight in weights):
+        raise RouteError(f"{where}: weights must be finite float32 numbers, got {list(weights)}")
+    return weights

@@ -1,0 +1,193 @@
+"""The forms in which a plan travels: readable JSON (`route-plan/1`), and one compact ASCII string.
+
+The string is `rp1:` and the base64 of a zlib-compressed payload: a JSON head with the weight mode, the model and the number of
+directives, a newline, then flat little-endian arrays one after another. Per directive: kind (uint8), whether it has weights
+(uint8), layer (int32), number of positions (int32; -1, -2, -3: prompt, generated, all), number of experts (int32). Then all
+positions, all experts (int32) and all weights (float32). The payload is the plan's content; its digest is taken over it.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from .directive import KINDS, SPANS, Directive
+from .errors import RouteError
+
+PLAN_VERSION = "route-plan/1"
+PLAN_KEY = "route_plan"
+RETURN_ROUTES_KEY = "return_routes"
+WIRE_PREFIX = "rp1:"
+# A decompressed plan larger than this is refused before it is unpacked: a small string must not fill the memory.
+MAX_WIRE_BYTES = 64 << 20
+
+# What `Directive.checked` takes: which directive it is, kind, layer, positions, experts, weights.
+Entry = tuple[str, Any, Any, Any, Any, Any]
+# Weight mode, model, directives; nothing of it is checked.
+Content = tuple[Any, Any, Iterator[Entry]]
+
+
+def to_json(weights: str, model: str | None, directives: Sequence[Directive]) -> str:
+    """The readable form."""
+    entries = []
+    for item in directives:
+        positions = item.positions if isinstance(item.positions, str) else list(item.positions)
+        entry: dict[str, Any] = {"layer": item.layer, "positions": positions, item.kind: list(item.experts)}
+        if item.weights is not None:
+            entry["weights"] = list(item.weights)
+        entries.append(entry)
+    document: dict[str, Any] = {"version": PLAN_VERSION, "weights": weights, "directives": entries}
+    if model is not None:
+        document["model"] = model
+    return json.dumps(document)
+
+
+def read_json(text: str | bytes | Mapping[str, Any]) -> Content:
+    """Read what `to_json` wrote. Raises `RouteError` for unknown keys or versions and for what is missing."""
+    document = read_document(text, "plan", PLAN_VERSION, {"version", "weights", "directives", "model"})
+    directives = document.get("directives", [])
+    if not isinstance(directives, list):
+        raise RouteError(f"directives must be a list, got {type(directives).__name__}")
+    return document.get("weights", "masked"), document.get("model"), _json_entries(directives)
+
+
+def _json_entries(directives: list[Any]) -> Iterator[Entry]:
+    for at, entry in enumerate(directives):
+        where = f"directive {at}"
+        if not isinstance(entry, Mapping):
+            raise RouteError(f"{where} must be an object, got {entry!r}")
+        reject_unknown_keys(entry, {"layer", "positions", "weights", *KINDS}, where)
+        kinds = [kind for kind in KINDS if kind in entry]
+        if len(kinds) != 1:
+            raise RouteError(f"{where} needs exactly one of {', '.join(KINDS)}, has {kinds or 'none'}")
+        for key in ("layer", "positions"):
+            if key not in entry:
+                raise RouteError(f"{where} lacks {key!r}")
+        yield where, kinds[0], entry["layer"], entry["positions"], entry[kinds[0]], entry.get("weights")
+
+
+def to_payload(weights: str, model: str | None, directives: Sequence[Directive]) -> bytes:
+    """A plan's content as bytes, the same for the same content."""
+    head = {"weights": weights, "model": model, "directives": len(directives)}
+    spans = [item.positions for item in directives]
+    positions = [where for where in spans if not isinstance(where, str)]
+    explicit = [item.weights for item in directives if item.weights is not None]
+    arrays = (
+        np.array([KINDS.index(item.kind) for item in directives], "u1"),
+        np.array([item.weights is not None for item in directives], "u1"),
+        np.array([item.layer for item in directives], "<i4"),
+        np.array([-1 - SPANS.index(where) if isinstance(where, str) else len(where) for where in spans], "<i4"),
+        np.array([len(item.experts) for item in directives], "<i4"),
+        np.array([position for group in positions for position in group], "<i4"),
+        np.array([expert for item in directives for expert in item.experts], "<i4"),
+        np.array([weight for group in explicit for weight in group], "<f4"),
+    )
+    return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
+
+
+def pack(payload: bytes) -> str:
+    """The string of a payload."""
+    return WIRE_PREFIX + base64.b64encode(zlib.compress(payload, 1)).decode("ascii")
+
+
+def read_string(text: str) -> Content:
+    """Read a plan's string, or its JSON form. Raises `RouteError` for anything else."""
+    if not isinstance(text, str):
+        raise RouteError(f"{PLAN_KEY} must be a string, got {type(text).__name__}")
+    if text.lstrip().startswith("{"):
+        return read_json(text)
+    if not text.startswith(WIRE_PREFIX):
+        raise RouteError(f"{PLAN_KEY} starts with {text[:8]!r}, expected {WIRE_PREFIX!r} or a JSON object")
+    try:
+        inflate = zlib.decompressobj()
+        payload = inflate.decompress(base64.b64decode(text[len(WIRE_PREFIX) :], validate=True), MAX_WIRE_BYTES)
+        if not inflate.eof:
+            raise RouteError(f"{PLAN_KEY} is cut off or larger than {MAX_WIRE_BYTES} bytes")
+        head_bytes, newline, body = payload.partition(b"\n")
+        head = json.loads(head_bytes)
+        num = head["directives"]
+    except (binascii.Error, zlib.error, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RouteError):
+            raise
+        raise RouteError(f"{PLAN_KEY} is damaged: {error}") from None
+    if not newline or set(head) != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
+        raise RouteError(f"{PLAN_KEY} has an unknown head: {head}")
+    return head["weights"], head["model"], _packed_entries(body, num)
+
+
+def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:
+    at = 0
+
+    def take(dtype: str, count: int) -> list[Any]:
+        nonlocal at
+        size = np.dtype(dtype).itemsize * count
+        if count < 0 or at + size > len(body):
+            raise RouteError(f"{PLAN_KEY} is damaged: {len(body)} bytes, more were announced")
+        values: list[Any] = np.frombuffer(body, dtype, count, at).tolist()
+        at += size
+        return values
+
+    kinds, weighted = take("u1", num), take("u1", num)
+    layers, counts, expert_counts = take("<i4", num), take("<i4", num), take("<i4", num)
+    if (
+        any(kind >= len(KINDS) for kind in kinds)
+        or any(count < -len(SPANS) for count in counts)
+        or min(expert_counts, default=0) < 0
+    ):
+        raise RouteError(f"{PLAN_KEY} is damaged: unknown directive kind or span")
+    positions = iter(take("<i4", sum(count for count in counts if count > 0)))
+    experts = iter(take("<i4", sum(expert_counts)))
+    weights = iter(take("<f4", sum(count for count, has in zip(expert_counts, weighted, strict=True) if has)))
+    if at != len(body):
+        raise RouteError(f"{PLAN_KEY} is damaged: {len(body) - at} bytes too many")
+    rows = zip(kinds, weighted, layers, counts, expert_counts, strict=True)
+    for number, (kind, has_weights, layer, count, num_experts) in enumerate(rows):
+        yield (
+            f"directive {number}",
+            KINDS[kind],
+            layer,
+            SPANS[-1 - count] if count < 0 else tuple(islice(positions, count)),
+            tuple(islice(experts, num_experts)),
+            tuple(islice(weights, num_experts)) if has_weights else None,
+        )
+
+
+def read_document(text: str | bytes | Mapping[str, Any], what: str, version: str, known: set[str]) -> Mapping[str, Any]:
+    """A versioned JSON object. Raises `RouteError` where it is none, of another version, or has keys that are not `known`."""
+    document: Any = text
+    if not isinstance(text, Mapping):
+        try:
+            document = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RouteError(f"the {what} is not JSON: {error}") from None
+    if not isinstance(document, Mapping):
+        raise RouteError(f"the {what} must be a JSON object, got {type(document).__name__}")
+    if document.get("version") != version:
+        raise RouteError(f"{what} version {document.get('version')!r} is not {version!r}")
+    reject_unknown_keys(document, known, what)
+    return document
+
+
+def reject_unknown_keys(document: Mapping[str, Any], known: set[str], what: str) -> None:
+    """Raise `RouteError` naming the keys of `document` that are not in `known`."""
+    unknown = sorted(set(map(str, document)) - known)
+    if unknown:
+        raise RouteError(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key that is given twice would silently drop what the first one said."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return document
