@@ -43,6 +43,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+import msgspec
 import numpy as np
 
 from .errors import RouteError
@@ -208,11 +209,10 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def read_records(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The whole records in `folder`, in the order in which they were written; needs no lock and changes nothing.
+def read_lines(folder: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, record) of the whole records in `folder`, in the order in which they were written.
 
-    Each is the dict that was appended, with its key (a string, an integer or a tuple) under `"key"`. A last line that is still
-    being written is left out.
+    Needs no lock and changes nothing. A last line that is still being written is left out.
     """
     path = Path(folder) / RECORDS_FILE
     try:
@@ -222,7 +222,12 @@ def read_records(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     with file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                yield _parse(line, path, number)
+                yield f"{path}, line {number}", _parse(line, path, number)
+
+
+def read_records(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The whole records in `folder` as `read_lines`, each as JSON values with its key (a string, an integer or a tuple)."""
+    return (record for _, record in read_lines(folder))
 
 
 def _without(value: Any, names: frozenset[str]) -> Any:
@@ -359,23 +364,24 @@ class Campaign:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def append(self, key: Key, record: Mapping[str, Any]) -> None:
+    def append(self, key: Key, record: Mapping[str, Any] | msgspec.Struct) -> None:
         """Write one record. When this returns it is in the file; when it raises, the file is as it was before.
 
         Safe to call from several threads.
 
         Args:
             key: what the record is the result of; a tuple and a list of the same parts are the same key.
-            record: JSON values, numpy scalars and arrays; `"key"` is taken.
+            record: JSON values, numpy scalars and arrays, or a struct of them; `"key"` is taken.
 
         Raises:
             CampaignError: a key that is there already, a value that is not JSON (NaN and infinities are not), a full disk.
 
         """
         name = _canonical_key(key)
-        if KEY_FIELD in record:
+        fields = msgspec.to_builtins(record, str_keys=True) if isinstance(record, msgspec.Struct) else record
+        if KEY_FIELD in fields:
             raise CampaignError(f"record {name}: the field {KEY_FIELD!r} is taken")
-        line = (_dumps({KEY_FIELD: key, **record}, f"record {name}") + "\n").encode()
+        line = (_dumps({KEY_FIELD: key, **fields}, f"record {name}") + "\n").encode()
         path = self.folder / RECORDS_FILE
         with self._mutex:
             self._check_open()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .experiments import Bench, answer, fsour_record, mask_record
@@ -18,6 +19,7 @@ from .search.fsour import FsourSettings
 from .search.masking import MaskSettings
 from .search.masks import rng_of
 from .search.suffix import SuffixSettings, suffix_search
+from .study.records import Matrix, Utility
 from .workspace import Item, Model, Wrapper
 
 ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour", "fsour-adaptive", "suffix", "suffix-transfer", "file")
@@ -69,8 +71,8 @@ def attack_search(
     library: Library | None = None,
     words: Sequence[str] = (),
     found_suffixes: Mapping[tuple[int, str], Sequence[str]] | None = None,
-) -> Search[dict[str, Any]]:
-    """One attack on one prompt, as a record with `success` and what it cost.
+) -> Search[Matrix]:
+    """One attack on one prompt; the record's defence is empty.
 
     Args:
         attack: one of `ATTACKS` but `file`, which is `none` on other prompts.
@@ -87,24 +89,24 @@ def attack_search(
         found_suffixes: for `suffix-transfer`, (seed, prompt id) -> the suffix found on the undefended model.
 
     """
-    base = {"attack": attack, "prompt": item.prompt.id, "category": item.record.category, "seed": seed}
+    made = partial(Matrix, attack=attack, defence="", prompt=item.prompt.id, category=item.record.category, seed=seed)
     if attack in ("none", "file"):
         judged = yield from answer(bench, item, None)
-        return {**base, **judged}
+        return made(**judged.fields())
     if attack in ("fsour", "fsour-adaptive"):
         strategy = "adaptive" if attack == "fsour-adaptive" else fsour.strategy
-        record = yield from with_notes(
+        found_route = yield from with_notes(
             fsour_record(bench, item, replace(fsour, seed=seed, strategy=strategy), library),
             # A matrix cell is short: it starts again after a kill, so what a search has so far is not kept.
             lambda value: None,
         )
         kept = ("success", "score", "error", "attempts", "candidates", "computed_tokens", "tokens", "final", "prompt_tokens")
-        return {**base, **{name: record[name] for name in kept if name in record}}
+        return made(**{name: getattr(found_route, name) for name in kept})
     if attack in ("rosais", "random-layers", "random-masks"):
         settings = replace(masks, seed=seed)
         record = yield from mask_record(bench, item, attack, ranking, settings, [settings.num_layers])
-        judged = record["answers"][str(settings.num_layers)]
-        return {**base, **judged, "candidates": record["candidates"], "masks": record["masks"]}
+        judged = record.answers[settings.num_layers]
+        return made(candidates=record.candidates, masks=record.masks, **judged.fields())
     if attack == "suffix-transfer":
         suffix_words: Sequence[str] = (found_suffixes or {}).get((seed, item.prompt.id), ())
         queries = 0
@@ -122,21 +124,19 @@ def attack_search(
     tokens = bench.model.encode_chat(wrapper.text(" ".join([item.record.goal, *suffix_words])), wrapper.system)
     attacked = Item(item.record, replace(item.prompt, token_ids=tokens))
     judged = yield from answer(bench, attacked, None)
-    return {**base, **judged, "suffix": list(suffix_words), "candidates": queries}
+    return made(suffix=tuple(suffix_words), candidates=queries, **judged.fields())
 
 
-def utility_record(bench: Bench, item: Item, kind: str) -> Search[dict[str, Any]]:
-    """Whether a harmless prompt gets its answer. `success` of the judge means here that the answer is right."""
+def utility_record(bench: Bench, item: Item, kind: str) -> Search[Utility]:
+    """Whether a harmless prompt gets its answer; the record's defence is empty.
+
+    `success` of the judge means here that the answer is right.
+    """
     judged = yield from answer(bench, item, None)
-    right = judged["success"]
-    return {
-        "type": "utility",
-        "kind": kind,
-        "prompt": item.prompt.id,
-        "right": right,
-        # Neither right nor refused is a wrong answer; only an exact judge can tell the two apart. None: no verdict.
-        "refused": None if right is None else judged.get("label", "complied" if right else "refused") == "refused",
-    }
+    right = judged.success
+    # Neither right nor refused is a wrong answer; only an exact judge can tell the two apart. None: no verdict.
+    refused = None if right is None else (judged.label or ("complied" if right else "refused")) == "refused"
+    return Utility(defence="", kind=kind, prompt=item.prompt.id, seed=0, right=right, refused=refused)
 
 
 def collect_routes(bench: Bench, items: Sequence[Item]) -> list[Any]:
@@ -177,7 +177,7 @@ def measure(
     tasks += [(("category", 0, item.prompt.id), utility_record(bench, item, "category")) for item in category]
     rows: dict[str, list[float]] = {}
     for (kind, _, _), record in run_tasks(bench.backend, tasks, stats=stats):
-        name = {"benign": "right", "category": "refused"}.get(kind, "success")
-        rows.setdefault("over_refusal" if kind == "category" else kind, []).append(float(bool(record[name])))
+        value = record.success if isinstance(record, Matrix) else record.refused if kind == "category" else record.right
+        rows.setdefault("over_refusal" if kind == "category" else kind, []).append(float(bool(value)))
     means = {kind: sum(values) / len(values) for kind, values in rows.items()}
     return {**means, "tokens": float(stats.computed_tokens)}

@@ -1,27 +1,28 @@
 """The experiments as campaigns: what one prompt's record holds, and the loop that keeps many prompts in flight and loses nothing.
 
-Every record has a `type`. Records of the types `step` and `attempt` are what a search has so far; a resumed campaign goes on from
-them.
+Records of the types `step` and `attempt` are what a search has so far; a resumed campaign goes on from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from .campaign import Campaign, CampaignError, CleanStop, Progress
 from .errors import RouteError
-from .evaluation.judges import EXACT_LABELS
+from .evaluation.judges import EXACT_LABELS, Verdict
 from .extras import RouteExtras
 from .plan import RoutePlan
 from .search.adaptive import Library
-from .search.attempt import Attempt, attempt_from_record, attempt_record
+from .search.attempt import Attempt
 from .search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks, with_notes
 from .search.fsour import FsourSettings, fsour_attempt
+from .search.fsour import Progress as AttemptProgress
 from .search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
 from .search.rosais import RosaisSettings, rosais
+from .study.records import Answer, AttemptNote, DatasetMask, Fsour, Judged, Mask, Record, Rosais, Step, entries, job_of
 from .workspace import Item, Model
 
 # These differ between runs with the same results: they depend on what else was in the engine.
@@ -43,55 +44,53 @@ class Bench:
 
     model: Model
     backend: Backend
-    judge: Callable[..., Any]
+    judge: Callable[..., Verdict]
     max_new_tokens: int = 64
     keep_completions: bool = False
 
-    def verdict_record(self, verdict: Any, token_ids: Sequence[int]) -> dict[str, Any]:
-        """A verdict as JSON values."""
-        record: dict[str, Any] = {"success": verdict.harmful, "score": verdict.score}
-        if verdict.error is not None:
-            record["error"] = verdict.error
-        if verdict.raw in EXACT_LABELS:
-            record["label"] = verdict.raw
-        if verdict.harmful is False or self.keep_completions:
-            record["completion"] = self.model.decode(token_ids)
-        return record
+    def judged(self, verdict: Verdict, token_ids: Sequence[int]) -> Judged:
+        """A verdict as it is recorded."""
+        return Judged(
+            success=verdict.harmful,
+            score=verdict.score,
+            error=verdict.error,
+            label=verdict.raw if verdict.raw in EXACT_LABELS else None,
+            completion=self.model.decode(token_ids) if verdict.harmful is False or self.keep_completions else None,
+        )
 
 
-def answer(bench: Bench, item: Item, plan: RoutePlan | None) -> Search[dict[str, Any]]:
+def answer(bench: Bench, item: Item, plan: RoutePlan | None) -> Search[Judged]:
     """Generate greedily under a plan and judge."""
     extras = RouteExtras(plan.to_string()) if plan is not None and len(plan) else RouteExtras()
     request = Request(item.prompt.token_ids, extras, bench.max_new_tokens, bench.model.stop_token_ids)
     (response,) = yield [request]
     (verdict,) = yield [Call(lambda: bench.judge(item.prompt, response.token_ids))]
-    return bench.verdict_record(verdict, response.token_ids)
+    return bench.judged(verdict, response.token_ids)
 
 
-def plain_record(bench: Bench, item: Item) -> Search[dict[str, Any]]:
+def plain_record(bench: Bench, item: Item) -> Search[Answer]:
     """The model's own answer."""
-    record = yield from answer(bench, item, None)
-    return {"type": "answer", "attack": "none", "prompt": item.prompt.id, "category": item.record.category, **record}
+    judged = yield from answer(bench, item, None)
+    return Answer(attack="none", prompt=item.prompt.id, category=item.record.category, **judged.fields())
 
 
-def rosais_record(bench: Bench, item: Item, settings: RosaisSettings, draws_for: str | None = None) -> Search[dict[str, Any]]:
+def rosais_record(bench: Bench, item: Item, settings: RosaisSettings, draws_for: str | None = None) -> Search[Rosais]:
     """RoSais of one prompt."""
     found = yield from rosais(bench.backend, item.prompt, bench.model.affirmative_token_ids, settings, draws_for)
-    return {
-        "type": "rosais",
-        "prompt": item.prompt.id,
-        "category": item.record.category,
-        "seed": settings.seed,
-        "clean": round(found.clean, 3),
-        "scores": {str(layer): round(score, 3) for layer, score in found.scores.items()},
-        "gains": {str(layer): [round(gain, 3) for gain in gains] for layer, gains in found.gains.items()},
-        "masks": {str(layer): [list(mask) for mask in masks] for layer, masks in found.masks.items()},
-    }
+    return Rosais(
+        prompt=item.prompt.id,
+        category=item.record.category,
+        seed=settings.seed,
+        clean=round(found.clean, 3),
+        scores={layer: round(score, 3) for layer, score in found.scores.items()},
+        gains={layer: tuple(round(gain, 3) for gain in gains) for layer, gains in found.gains.items()},
+        masks={layer: tuple(masks) for layer, masks in found.masks.items()},
+    )
 
 
 def mask_record(
     bench: Bench, item: Item, attack: str, ranking: Sequence[int], settings: MaskSettings, levels: Sequence[int]
-) -> Search[dict[str, Any]]:
+) -> Search[Mask]:
     """Router masking of one prompt at several numbers of layers, each answered and judged."""
     layers = choose_layers(attack, ranking, settings, item.prompt.id)
     found = yield from mask_attack(
@@ -104,23 +103,18 @@ def mask_record(
     )
     answers = {}
     for level in levels:
-        answers[str(level)] = yield from answer(bench, item, found.plan(settings, level))
-    return {
-        "type": "mask",
-        "attack": attack,
-        "prompt": item.prompt.id,
-        "category": item.record.category,
-        **_masks_record(found, settings),
-        "answers": answers,
-    }
+        answers[level] = yield from answer(bench, item, found.plan(settings, level))
+    return Mask(
+        attack=attack, prompt=item.prompt.id, category=item.record.category, answers=answers, **_masks_fields(found, settings)
+    )
 
 
-def _masks_record(found: MaskResult, settings: MaskSettings) -> dict[str, Any]:
+def _masks_fields(found: MaskResult, settings: MaskSettings) -> dict[str, Any]:
     return {
         "seed": settings.seed,
         "clean": round(found.clean, 3),
         "masked": round(found.masked, 3),
-        "masks": [[layer, list(experts)] for layer, experts in found.masks],
+        "masks": found.masks,
         "candidates": found.candidates,
     }
 
@@ -132,7 +126,7 @@ def dataset_mask_record(
     attack: str,
     ranking: Sequence[int],
     settings: MaskSettings,
-) -> Search[dict[str, Any]]:
+) -> Search[DatasetMask]:
     """Dataset-level router masking: one set of masks for all prompts, chosen on `search_items`, answered on `items`."""
     found = yield from mask_attack(
         bench.backend,
@@ -145,13 +139,21 @@ def dataset_mask_record(
     answers = {}
     for item in items:
         answers[item.prompt.id] = yield from answer(bench, item, found.plan(settings))
-    return {
-        "type": "dataset-mask",
-        "attack": f"{attack}-dataset",
-        "level": settings.num_layers,
-        **_masks_record(found, settings),
-        "answers": answers,
-    }
+    return DatasetMask(attack=f"{attack}-dataset", level=settings.num_layers, answers=answers, **_masks_fields(found, settings))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A note that goes into the campaign.
+
+    Attributes:
+        at: parts that its key has behind the job's, see `study.records.job_of`.
+        record: what is kept.
+
+    """
+
+    at: tuple[str | int, ...]
+    record: Record
 
 
 def fsour_record(
@@ -159,66 +161,66 @@ def fsour_record(
     item: Item,
     settings: FsourSettings,
     library: Library | None = None,
-    so_far: Iterable[Mapping[str, Any]] = (),
-) -> Search[dict[str, Any]]:
-    """F-SOUR on one prompt: attempts until one succeeds. `so_far` are this prompt's `step` and `attempt` records."""
-    attempts: dict[int, tuple[Attempt, dict[str, Any]]] = {}
-    steps: dict[int, Mapping[str, Any]] = {}
-    for record in so_far:
-        if record["type"] == "attempt":
-            attempts[record["number"]] = (attempt_from_record(record["attempt"]), dict(record["answer"]))
-        elif record["type"] == "step" and record["cell"] > steps.get(record["number"], {"cell": -1})["cell"]:
-            steps[record["number"]] = record
+    so_far: Iterable[Step | AttemptNote] = (),
+) -> Search[Fsour]:
+    """F-SOUR on one prompt: attempts until one succeeds. `so_far` is what an earlier run noted of this prompt."""
+    attempts: dict[int, tuple[Attempt, Judged]] = {}
+    steps: dict[int, AttemptProgress] = {}
+    for note in so_far:
+        if isinstance(note, AttemptNote):
+            attempts[note.number] = (Attempt.from_state(note.attempt), note.answer)
+        elif note.number not in steps or note.cell > steps[note.number].cell:
+            steps[note.number] = AttemptProgress(note.cell, note.attempt)
     for number in range(settings.num_attempts):
         if number not in attempts:
-            attempt = yield from with_notes(
-                fsour_attempt(
-                    bench.backend,
-                    item.prompt,
-                    settings,
-                    number,
-                    bench.judge,
-                    bench.model.stop_token_ids,
-                    library,
-                    steps.get(number),
-                ),
-                partial(_step, number),
+            search = fsour_attempt(
+                bench.backend, item.prompt, settings, number, bench.judge, bench.model.stop_token_ids, library, steps.get(number)
             )
-            judged = bench.verdict_record(attempt.verdict, attempt.answer)
-            kept = {"type": "attempt", "number": number, "attempt": attempt_record(attempt), "answer": judged}
-            yield [Note({"at": ["attempt", number], **kept})]
+            attempt = yield from with_notes(search, partial(_step, number))
+            assert attempt.verdict is not None
+            judged = bench.judged(attempt.verdict, attempt.answer)
+            yield [Note(Kept(("attempt", number), AttemptNote(number=number, attempt=attempt.state(), answer=judged)))]
             attempts[number] = (attempt, judged)
-        if attempts[number][1]["success"]:
+        if attempts[number][1].success:
             break
     last, judged = attempts[number]
     tried = [attempts[at][0] for at in range(number + 1)]
-    return {
-        "type": "fsour",
-        "attack": f"fsour-{settings.strategy}",
-        "prompt": item.prompt.id,
-        "prompt_tokens": len(item.prompt.token_ids),
-        "category": item.record.category,
-        "seed": settings.seed,
-        "attempts": number + 1,
-        "candidates": sum(attempt.candidates for attempt in tried),
-        "needed": sum(attempt.needed for attempt in tried),
-        "tokens": sum(attempt.tokens for attempt in tried),
-        "computed_tokens": sum(attempt.computed_tokens for attempt in tried),
-        "final": attempt_record(last),
-        **judged,
-    }
+    return Fsour(
+        attack=f"fsour-{settings.strategy}",
+        prompt=item.prompt.id,
+        prompt_tokens=len(item.prompt.token_ids),
+        category=item.record.category,
+        seed=settings.seed,
+        attempts=number + 1,
+        candidates=sum(attempt.candidates for attempt in tried),
+        needed=sum(attempt.needed for attempt in tried),
+        tokens=sum(attempt.tokens for attempt in tried),
+        computed_tokens=sum(attempt.computed_tokens for attempt in tried),
+        final=last.state(),
+        **judged.fields(),
+    )
 
 
-def _step(number: int, value: Mapping[str, Any]) -> dict[str, Any]:
+def _step(number: int, progress: AttemptProgress) -> Kept:
     """A note of attempt `number` as a record."""
-    return {"type": "step", "number": number, **value}
+    return Kept(("step", number, progress.cell), Step(number=number, cell=progress.cell, attempt=progress.state))
 
 
-Job = tuple[tuple[Any, ...], Callable[[list[dict[str, Any]]], Search[dict[str, Any]]]]
+Notes = list[Step | AttemptNote]
+Job = tuple[tuple[Any, ...], Callable[[Notes], Search[Any]]]
 
 
 class Interrupted(RouteError):
     """Ctrl-C: everything finished so far is in the folder."""
+
+
+def notes_by_job(campaign: Campaign) -> dict[tuple[Any, ...], Notes]:
+    """What unfinished jobs noted, by the key of the job."""
+    found: dict[tuple[Any, ...], Notes] = {}
+    for entry in entries(campaign.folder):
+        if isinstance(entry.record, Step | AttemptNote):
+            found.setdefault(job_of(entry), []).append(entry.record)
+    return found
 
 
 def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], *, label: str, concurrency: int = 64) -> Stats:
@@ -227,7 +229,7 @@ def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], *, label
     Args:
         campaign: where records go.
         backend: where requests run.
-        jobs: (key, function that takes the job's earlier `step` and `attempt` records and makes its search).
+        jobs: (key, function that takes the job's earlier notes and makes its search).
         label: for the progress line.
         concurrency: jobs in flight.
 
@@ -235,17 +237,12 @@ def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], *, label
         Interrupted: Ctrl-C; run the same command again to go on.
 
     """
-    earlier: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in campaign.records():
-        if record["type"] in ("step", "attempt"):
-            # A job's notes stand under its own key with two or three parts more.
-            key = tuple(record["key"])
-            earlier.setdefault(key[: -2 if record["type"] == "attempt" else -3], []).append(record)
+    earlier = notes_by_job(campaign)
     open_jobs = [(key, make) for key, make in jobs if not campaign.done(key)]
     stats = Stats()
 
-    def note(key: tuple[Any, ...], value: Mapping[str, Any]) -> None:
-        campaign.append((*key, *value["at"]), {name: item for name, item in value.items() if name != "at"})
+    def note(key: tuple[Any, ...], kept: Kept) -> None:
+        campaign.append((*key, *kept.at), kept.record)
 
     with (
         CleanStop("stopping; what is finished is kept") as stop,

@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 PURE = ("errors", "shape", "directive", "wire", "plan", "extras", "policy", "compiled", "table", "receipt")
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}
-NEVER_VLLM = ("lab", "evaluation", "search", "campaign.py")
+NEVER_VLLM = ("lab", "evaluation", "search", "study", "campaign.py")
 
 
 @dataclass(frozen=True)

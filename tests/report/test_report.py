@@ -143,7 +143,7 @@ def matrix_run(folder: Path) -> Path:
     ):
         for number, success in enumerate(outcomes, start=1):
             records[defence, attack, number] = {
-                **{"type": "matrix", "attack": attack, "defence": defence, "prompt": f"q-{number}", "seed": 0},
+                **{"type": "matrix", "attack": attack, "defence": defence, "prompt": f"q-{number}", "seed": 0, "category": "c"},
                 **judged(success),
             }
     for number, (right, refused) in enumerate(((True, False), (False, True), (False, False), (None, True))):
@@ -222,7 +222,7 @@ class TestRates:
         assert plain["error_kinds"] == {"timeout": 1}
 
     def test_an_attack_without_any_verdict(self, tmp_path):
-        record = {"type": "answer", "attack": "none", "prompt": "q-1", **judged(None)}
+        record = {"type": "answer", "attack": "none", "prompt": "q-1", "category": "c", **judged(None)}
         folder = campaign(tmp_path / "run", {"command": "mask-attack", "seeds": [0]}, {("none", "q-1"): record})
         report = numbers(folder)
         assert report["asr"][0]["value"] is None
@@ -262,6 +262,7 @@ class TestRates:
             "attack": attack,
             "defence": "none",
             "prompt": "q-1",
+            "category": "c",
             "seed": 0,
             "candidates": 7,
             **judged(False),
@@ -443,6 +444,7 @@ class TestFiles:
         records = {
             (0, f"q-{prompt}"): {
                 **{"type": "rosais", "prompt": f"q-{prompt}", "category": f"a rather long category {prompt % 3}", "seed": 0},
+                "clean": -4.0,
                 **{"scores": {str(layer): (prompt * layer) % 7 - 2.0 for layer in layers}, "gains": {}, "masks": {}},
             }
             for prompt in prompts
@@ -487,13 +489,15 @@ class TestRefusals:
         assert "named twice" in self.refused(folder, tmp_path / "." / "a")
 
     def test_a_record_that_lacks_a_field(self, tmp_path):
-        folder = campaign(tmp_path / "run", {"seeds": [0]}, {("x",): {"type": "matrix", "attack": "none"}})
+        record = {"type": "matrix", "attack": "none", "prompt": "q-1", "category": "c", "seed": 0, **judged(False)}
+        folder = campaign(tmp_path / "run", {"seeds": [0]}, {("x",): record})
         message = self.refused(folder)
         assert "'matrix'" in message
         assert "'defence'" in message
+        assert "records.jsonl, line 1" in message
 
     def test_two_results_for_one_cell(self, tmp_path):
-        record = {"type": "answer", "attack": "none", "prompt": "q-1", **judged(False)}
+        record = {"type": "answer", "attack": "none", "prompt": "q-1", "category": "c", **judged(False)}
         folder = campaign(tmp_path / "run", {"seeds": [0]}, {("a",): record, ("b",): record})
         with pytest.raises(RouteError, match="run run, none: prompt 'q-1' has two results"):
             collect(load_runs([folder]))

@@ -6,8 +6,10 @@ import functools
 import http.server
 import json
 import resource
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from campaign_runs import assert_same_results, lab_fsour, num_lines, results, start
@@ -205,6 +207,28 @@ def test_rosais_then_masks_then_fsour(capsys, tmp_path, shared_engine):
     assert read_settings(found)["strategy"] == "adaptive"
     status, _, err = run(capsys, *lab_fsour(found, **small, tau=0.5))
     assert status == 1 and "was made with other settings: tau: was 0.8, now 0.5" in err
+
+
+OLD = Path(__file__).parents[1] / "study" / "folders"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "own"),
+    [
+        ("masks", 9, ["mask-attack", "--rosais", OLD / "rosais", "--masks", 12, "--layers", "1,2", "--seeds", "0,1"]),
+        ("fsour-paper", 30, ["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3"]),
+    ],
+)
+def test_a_cut_off_folder_of_an_earlier_version_goes_on(capsys, tmp_path, shared_engine, name, lines, own):
+    old, folder = OLD / name, tmp_path / name
+    shutil.copytree(old, folder)
+    (folder / "summary.json").unlink()
+    (folder / "records.jsonl").write_text("".join((old / "records.jsonl").read_text().splitlines(keepends=True)[:lines]))
+    data = read_settings(old)["data"]
+    status, _, err = run(capsys, *own, *LAB[:2], "--data", data, *LAB[4:], "--limit", 3, "--max-new-tokens", 32, "--out", folder)
+    assert status == 0, err
+    assert_same_results(results(old), results(folder))
+    assert json.loads((folder / "summary.json").read_text()) == json.loads((old / "summary.json").read_text())
 
 
 def test_a_defended_engine_is_attacked_with_what_its_policy_allows(tmp_path):

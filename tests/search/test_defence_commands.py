@@ -16,6 +16,7 @@ from vllm_unsafe_routes.search import rules
 from vllm_unsafe_routes.search.backend import run_tasks
 from vllm_unsafe_routes.search.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.search.scorer import make_backend
+from vllm_unsafe_routes.study.records import Rosais
 from vllm_unsafe_routes.workspace import Model, read_prompts
 
 pytestmark = pytest.mark.v1_only
@@ -83,7 +84,10 @@ def test_a_budget_that_nothing_meets_bans_nothing(backend, examples):
 
 
 def test_rules_share_what_they_ask_of_records():
-    records = [{"type": "rosais", "seed": seed, "masks": {"1": [[seed]]}} for seed in (3, 3, 4)]
+    records = [
+        Rosais(prompt="q", category="", seed=seed, clean=0.0, scores={1: 0.0}, gains={1: (0.0,)}, masks={1: ((seed,),)})
+        for seed in (3, 3, 4)
+    ]
     assert rules.share_masks(rules.of_first_seed(records)) and not rules.share_masks(records)
     assert rules.of_first_seed([]) == [] and rules.share_masks([])
 

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..campaign import read_records
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..plan import RoutePlan
-from ..search.attempt import attempt_from_record
+from ..search.attempt import Attempt
 from ..search.backend import Request, run_search
+from ..study.records import Fsour, read
 from ..workspace import LAB, Model, open_backend, read_prompts
 from . import fsour, inspect, mask_attack, report, rosais
 from .mask_attack import show_interval
@@ -87,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
 
 def show_example(model: Model, backend: Any, folder: Path) -> None:
     """One prompt with and without its route; the language is made up, so both answers can be shown."""
-    record = next((one for one in read_records(folder) if one["type"] == "fsour" and one["success"]), None)
+    record = next((one for one in read(folder, Fsour) if one.success), None)
     if record is None:
         return
     items = {one.id: model.item(one) for one in read_prompts("lab:test", len(set_of_prompts(folder)))}
-    item = items[record["prompt"]]
-    plan = attempt_from_record(record["final"]).plan()
+    item = items[record.prompt]
+    plan = Attempt.from_state(record.final).plan()
 
     def ask(plan: RoutePlan | None) -> Any:
         extras = RouteExtras(plan.to_string() if plan is not None else None, wants_routes=True)
@@ -114,7 +114,7 @@ def show_example(model: Model, backend: Any, folder: Path) -> None:
 
 def set_of_prompts(folder: Path) -> set[str]:
     """Prompts that a campaign has results of."""
-    return {record["prompt"] for record in read_records(folder) if record["type"] == "fsour"}
+    return {record.prompt for record in read(folder, Fsour)}
 
 
 def print_summary(out: Path, seconds: float) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..campaign import Campaign, read_records, read_settings
+import msgspec
+
+from ..campaign import Campaign, read_settings
 from ..defence import attack_search, collect_routes, measure, words_of
 from ..errors import RouteError
 from ..evaluation.statistics import wilson_bound
@@ -22,6 +24,7 @@ from ..search.greedy import Example, GreedySettings, greedy_bans
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
 from ..search.under_policy import PolicyBackend
+from ..study.records import Addition, Candidate, OwnAnswers, Record, Rosais, Suffixes, entries, read
 from ..workspace import NO_WRAPPER, Item, judge_of
 from .fsour import add_fsour_options, fsour_settings
 from .options import (
@@ -35,6 +38,7 @@ from .options import (
 )
 from .rosais import summarise as summarise_rosais
 
+R = TypeVar("R", bound=Record)
 _RULES = rules.PROTECT_RULES + rules.BAN_RULES
 
 
@@ -101,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         found = read_settings(folder).get("fingerprint")
         if found != shape.fingerprint:
             raise RouteError(f"{folder} is of model {found}, this is {shape.fingerprint}")
-    records = [record for folder in args.runs for record in read_records(folder)]
-    scored = [record for record in records if record["type"] == "rosais"]
+    records = [record for folder in args.runs for record in read(folder, Record)]
+    scored = [record for record in records if isinstance(record, Rosais)]
     ranking = summarise_rosais(scored)["ranking"] if scored else list(shape.moe_layers)
     layers = ranking[: args.layers]
     utility = utility_prompts(args, "tune")
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             f"{len(utility['benign'])} benign prompts, all right, show a share of {most:.3f} with confidence {args.confidence}, "
             f"below the budget of {args.budget}: give more of them, or a lower --confidence"
         )
-    has = {None, *(record["type"] for record in records)}
+    has = {None, *map(type, records)}
     available = [rule for rule in _RULES if rules.NEEDS.get(rule) in has]
     unshared = not rules.share_masks(rules.of_first_seed(scored))
     # In the order of `_RULES`: greedy bans leave alone what is protected.
@@ -193,7 +197,7 @@ class _Deriver:
         self.opening: set[tuple[int, str]] = set()
         self.undefended: dict[str, float] = {}
 
-    def derive(self, wanted: Sequence[str], records: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, Any]:
+    def derive(self, wanted: Sequence[str], records: Sequence[Record], own: Mapping[str, Any]) -> dict[str, Any]:
         """Measure everything and write the best policy."""
         if not self.args.no_suffix:
             self._find_suffixes()
@@ -230,7 +234,7 @@ class _Deriver:
         self._write(best, own)
         return best
 
-    def _choices(self, rule: str, records: Sequence[Mapping[str, Any]]) -> list[rules.Choice]:
+    def _choices(self, rule: str, records: Sequence[Record]) -> list[rules.Choice]:
         if rule == "dataset-route":
             return rules.dataset_route(records)
         if rule in ("effect", "protect"):
@@ -253,16 +257,17 @@ class _Deriver:
         text = " ".join([item.record.goal, *self.suffixes[key]])
         return replace(item, prompt=replace(item.prompt, token_ids=self.workspace.model.encode_chat(text)))
 
-    def _kept(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _kept(self, key: Any, make: Callable[[], R]) -> R:
         """The record under a key, made now if an earlier run did not."""
         if not self.campaign.done(key):
             self.campaign.append(key, make())
-        return next(record for record in self.campaign.records() if record["key"] == key)
+        kept: Any = next(entry.record for entry in entries(self.campaign.folder) if entry.key == key)
+        return kept  # type: ignore[no-any-return]
 
     def _find_suffixes(self) -> None:
         """Suffixes on the undefended model, replayed under every candidate."""
 
-        def find() -> dict[str, Any]:
+        def find() -> Suffixes:
             words = words_of(self.workspace.model)
             tasks = [
                 ((seed, item.prompt.id), attack_search("suffix", self.bench, item, seed, words=words, **self.settings))
@@ -270,14 +275,11 @@ class _Deriver:
                 for item in self.items
             ]
             found = dict(run_tasks(self.bench.backend, tasks))
-            return {
-                "type": "suffixes",
-                "found": [[*key, found[key]["suffix"], bool(found[key]["success"])] for key in sorted(found)],
-            }
+            return Suffixes(found=tuple((*key, found[key].suffix or (), bool(found[key].success)) for key in sorted(found)))
 
         record = self._kept("suffixes", find)
-        self.suffixes = {(seed, prompt): suffix for seed, prompt, suffix, _ in record["found"]}
-        self.opening = {(seed, prompt) for seed, prompt, _, success in record["found"] if success}
+        self.suffixes = {(seed, prompt): list(suffix) for seed, prompt, suffix, _ in record.found}
+        self.opening = {(seed, prompt) for seed, prompt, _, success in record.found if success}
 
     def _greedy(self, own: Mapping[str, Any], protection: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """Candidates of the rule greedy: the first bans of each path, by size; protected experts are left alone."""
@@ -290,7 +292,7 @@ class _Deriver:
         if not opened:
             print("greedy: no suffix opened a prompt, so there is nothing to close", flush=True)
             return []
-        answers = self._kept("answers", self._own_answers)["answers"]
+        answers = self._kept("answers", self._own_answers).answers
         harmless = [
             Example(item.prompt.token_ids, tuple(answers[item.prompt.id]))
             for item in [*self.extra["benign"], *self.extra["category"]]
@@ -304,11 +306,11 @@ class _Deriver:
         # Once with half of what the budget lets go, once with all of it: which is better is measured like everything else.
         for share in sorted({(1 + self.args.budget) / 2, self.args.budget}, reverse=True):
             settings = GreedySettings(max(own["greedy_bans"]), budget=share, utility_weight=self.args.greedy_weight)
-            so_far = [record for record in self.campaign.records() if record["type"] == "addition" and record["share"] == share]
+            so_far = [msgspec.structs.asdict(record) for record in read(self.campaign.folder, Addition) if record.share == share]
             search = greedy_bans(self.bench.backend, opened, harmless, self.layers, settings, pinned, so_far)
 
             def note(_: Any, value: Mapping[str, Any], share: float = share) -> None:
-                self.campaign.append(("greedy", share, value["number"]), {**value, "share": share})
+                self.campaign.append(("greedy", share, value["number"]), msgspec.convert({**value, "share": share}, Addition))
 
             ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
             for size in sorted({size for size in own["greedy_bans"] if size < len(added)} | {len(added)} - {0}):
@@ -316,21 +318,18 @@ class _Deriver:
                 tried.append(self._try(f"greedy-{share:.3g}/{size}", chosen, {}))
         return tried
 
-    def _own_answers(self) -> dict[str, Any]:
+    def _own_answers(self) -> OwnAnswers:
         """The undefended model's answers to harmless prompts."""
 
-        def one(item: Item) -> Search[list[int]]:
+        def one(item: Item) -> Search[tuple[int, ...]]:
             model = self.workspace.model
             (response,) = yield [
                 Request(item.prompt.token_ids, max_tokens=self.bench.max_new_tokens, stop_token_ids=model.stop_token_ids)
             ]
-            return list(response.token_ids)
+            return tuple(response.token_ids)
 
         items = [*self.extra["benign"], *self.extra["category"]]
-        return {
-            "type": "answers",
-            "answers": dict(run_tasks(self.bench.backend, [(item.prompt.id, one(item)) for item in items])),
-        }
+        return OwnAnswers(answers=dict(run_tasks(self.bench.backend, [(item.prompt.id, one(item)) for item in items])))
 
     def _try(self, name: str, bans: Mapping[int, Sequence[int]], protections: Mapping[int, Sequence[int]]) -> dict[str, Any]:
         policy = rules.combine(self.shape, bans, protections, {})
@@ -341,7 +340,7 @@ class _Deriver:
     def _measure(self, name: str, policy: RoutePolicy) -> dict[str, Any]:
         """Utility first: a candidate that costs too much is not attacked."""
 
-        def make() -> dict[str, Any]:
+        def make() -> Candidate:
             bench = replace(self.bench, backend=PolicyBackend(self.bench.backend, policy))
             benign, category = self.extra["benign"], self.extra["category"]
             measured = measure(bench, [], benign, category, [], [], **self.settings)
@@ -350,14 +349,13 @@ class _Deriver:
                 if self.suffixes:
                     replayed = {"found_suffixes": self.suffixes, **self.settings}
                     measured |= measure(bench, self.items, [], [], ["suffix-transfer"], self.suffix_seeds, **replayed)
-            return {
-                "type": "candidate",
-                "name": name,
-                "policy": policy.to_dict(),
-                "measured": {kind: round(value, 4) for kind, value in measured.items() if kind != "tokens"},
-            }
+            return Candidate(
+                name=name,
+                policy=policy.to_dict(),
+                measured={kind: round(value, 4) for kind, value in measured.items() if kind != "tokens"},
+            )
 
-        return {"name": name, "measured": self._kept(("candidate", name), make)["measured"]}
+        return {"name": name, "measured": self._kept(("candidate", name), make).measured}
 
     def _affordable(self, found: Mapping[str, Any]) -> bool:
         """Whether the harmless prompts show, with the wanted confidence, that a candidate keeps the budget."""

@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..campaign import Campaign, read_records, read_settings
+import msgspec
+
+from ..campaign import Campaign, read_settings
 from ..defence import ATTACKS, Defence, attack_search, utility_record, words_of
 from ..engine.config import Jitter
 from ..errors import RouteError
@@ -20,6 +22,7 @@ from ..search.adaptive import Library
 from ..search.backend import Request, run_tasks
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
+from ..study.records import Matrix, Record, Rosais, Speed, Throughput, Utility, read
 from ..workspace import Item, Wrapper, judge_of, read_prompts
 from .fsour import add_fsour_options, fsour_settings, library_of
 from .mask_attack import interval_record, show_interval
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             raise RouteError("the masking attacks need --rosais: the folder of a rosais run, for the ranking of layers")
         if read_settings(args.rosais).get("fingerprint") != workspace.model.shape.fingerprint:
             raise RouteError(f"{args.rosais} scored another model than {args.model}")
-        ranking = summarise_rosais(read_records(args.rosais))["ranking"]
+        ranking = summarise_rosais(read(args.rosais, Rosais))["ranking"]
     utility = utility_prompts(args, "test")
     from_file = read_prompts(args.attack_file, args.limit) if args.attack_file else []
     attack_file = [replace(record, id=f"file:{record.id}") for record in from_file]
@@ -152,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
             with workspace.bench(group[0].policy, jitter) as bench:
                 for defence in group:
                     matrix_column(args, workspace, campaign, bench, defence, attacks, settings, utility, attack_file)
-        summary = summarise(campaign.records())
+        summary = summarise(read(args.out, Record))
         campaign.finish(summary)
     write_csv(args.out / "matrix.csv", summary)
     print_table(summary)
@@ -196,7 +199,6 @@ def matrix_column(
                         found_suffixes=suffixes,
                         **settings,
                     ),
-                    type="matrix",
                     defence=defence.name,
                 ),
             )
@@ -214,9 +216,7 @@ def matrix_column(
             run_jobs(campaign, bench.backend, jobs(attack, first, {}), label=f"{label}, library", concurrency=args.concurrency)
             names = {item.prompt.id for item in first}
             found = [
-                {**record, "type": "fsour"}
-                for record in campaign.records()
-                if record["type"] == "matrix" and record["attack"] == attack and record["defence"] == defence.name
+                record for record in read(campaign.folder, Matrix) if (record.attack, record.defence) == (attack, defence.name)
             ]
             libraries = {seed: library_of(found, seed, names) for seed in workspace.seeds}
             chosen = chosen[args.library_prompts :]
@@ -225,7 +225,7 @@ def matrix_column(
         utility_jobs = [
             (
                 (defence.name, kind, item.prompt.id),
-                lambda _, item=item, kind=kind: labelled(utility_record(bench, item, kind), defence=defence.name, seed=0),
+                lambda _, item=item, kind=kind: labelled(utility_record(bench, item, kind), defence=defence.name),
             )
             for item in chosen
         ]
@@ -235,21 +235,21 @@ def matrix_column(
 
 
 def labelled(search: Any, **fields: Any) -> Any:
-    """A search whose record gets further fields."""
+    """A search whose record gets other fields."""
     record = yield from search
-    return {**record, **fields}
+    return msgspec.structs.replace(record, **fields)
 
 
 def suffixes_of(campaign: Campaign) -> dict[tuple[int, str], list[str]]:
     """(seed, prompt) -> the suffix that was found on the undefended model."""
     return {
-        (record["seed"], record["prompt"]): record["suffix"]
-        for record in campaign.records()
-        if record["type"] == "matrix" and record["attack"] == "suffix" and record["defence"] == "none"
+        (record.seed, record.prompt): list(record.suffix or ())
+        for record in read(campaign.folder, Matrix)
+        if record.attack == "suffix" and record.defence == "none"
     }
 
 
-def throughput(bench: Bench, items: list[Item], defence: Defence) -> dict[str, Any]:
+def throughput(bench: Bench, items: list[Item], defence: Defence) -> Throughput:
     """Prompt and generated tokens a second, plain generation of all prompts together, median of three passes."""
 
     def one(item: Item) -> Any:
@@ -261,23 +261,23 @@ def throughput(bench: Bench, items: list[Item], defence: Defence) -> dict[str, A
         start = time.perf_counter()
         tokens = sum(count for _, count in run_tasks(bench.backend, [(at, one(item)) for at, item in enumerate(items)]))
         rates.append(tokens / (time.perf_counter() - start))
-    return {"type": "throughput", "defence": defence.name, "seconds": {"tokens_per_s": round(sorted(rates)[1], 1)}}
+    return Throughput(defence=defence.name, seconds=Speed(tokens_per_s=round(sorted(rates)[1], 1)))
 
 
-def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(records: Iterable[Record]) -> dict[str, Any]:
     """ASR of every cell; utility, over-refusal and throughput of every defence."""
     cells: dict[str, dict[str, list[Any]]] = {}
     utility: dict[str, dict[str, list[Any]]] = {}
     rates: dict[str, float] = {}
     for record in records:
-        if record["type"] == "matrix":
-            row = (record["prompt"], record["seed"], record["success"])
-            cells.setdefault(record["defence"], {}).setdefault(record["attack"], []).append(row)
-        elif record["type"] == "utility":
-            value = record["right"] if record["kind"] == "benign" else record["refused"]
-            utility.setdefault(record["defence"], {}).setdefault(record["kind"], []).append((record["prompt"], 0, value))
-        elif record["type"] == "throughput":
-            rates[record["defence"]] = record["seconds"]["tokens_per_s"]
+        if isinstance(record, Matrix):
+            row = (record.prompt, record.seed, record.success)
+            cells.setdefault(record.defence, {}).setdefault(record.attack, []).append(row)
+        elif isinstance(record, Utility):
+            value = record.right if record.kind == "benign" else record.refused
+            utility.setdefault(record.defence, {}).setdefault(record.kind, []).append((record.prompt, 0, value))
+        elif isinstance(record, Throughput):
+            rates[record.defence] = record.seconds.tokens_per_s
     return {
         "asr": {defence: {attack: interval_record(rows) for attack, rows in row.items()} for defence, row in cells.items()},
         "utility": {defence: {kind: interval_record(rows) for kind, rows in row.items()} for defence, row in utility.items()},

@@ -13,8 +13,8 @@ from ..evaluation.artifacts import ArtifactParameters, write_artifact
 from ..evaluation.artifacts import Attempt as ArtifactAttempt
 from ..experiments import VOLATILE, fsour_record, run_jobs
 from ..search.adaptive import AdaptiveSettings, Library
-from ..search.attempt import attempt_from_record
 from ..search.fsour import STRATEGIES, FsourSettings
+from ..study.records import Fsour, Matrix, read
 from .mask_attack import interval_record, show_interval
 from .options import Workspace, add_data_options, add_judge_options, add_model_options
 
@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
             if first:
                 run_jobs(campaign, bench.backend, jobs(first, {}), label=f"{label}, library", concurrency=args.concurrency)
             names = {item.prompt.id for item in first}
-            libraries = {seed: library_of(campaign.records(), seed, names) for seed in workspace.seeds}
+            libraries = {seed: library_of(read(args.out, Fsour), seed, names) for seed in workspace.seeds}
             run_jobs(campaign, bench.backend, jobs(rest, libraries), label=label, concurrency=args.concurrency)
-        summary = summarise(campaign.records())
+        summary = summarise(read(args.out, Fsour))
         campaign.finish(summary)
     print_table(summary, args.strategy)
     if args.artifact:
@@ -118,24 +118,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def library_of(records: Iterable[Mapping[str, Any]], seed: int, prompts: set[str]) -> Library:
+def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) -> Library:
     """Routes of the successful attempts on these prompts."""
     return Library.from_routes(
         [
-            (record["prompt_tokens"], attempt_from_record(record["final"]).routes)
+            (record.prompt_tokens, record.final.routes)
             for record in records
-            if record["type"] == "fsour" and record["seed"] == seed and record["prompt"] in prompts and record["success"]
+            if record.seed == seed and record.prompt in prompts and record.success and record.final and record.prompt_tokens
         ]
     )
 
 
-def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(records: Iterable[Fsour]) -> dict[str, Any]:
     """ASR with its interval, and what it cost."""
-    found = [record for record in records if record["type"] == "fsour"]
-    totals = {
-        name: sum(record[name] for record in found) for name in ("attempts", "candidates", "needed", "tokens", "computed_tokens")
-    }
-    return {"asr": interval_record([(record["prompt"], record["seed"], record["success"]) for record in found]), **totals}
+    found = list(records)
+    names = ("attempts", "candidates", "needed", "tokens", "computed_tokens")
+    totals = {name: sum(getattr(record, name) for record in found) for name in names}
+    return {"asr": interval_record([(record.prompt, record.seed, record.success) for record in found]), **totals}
 
 
 def print_table(summary: Mapping[str, Any], strategy: str) -> None:
@@ -151,10 +150,10 @@ def write_jailbreakbench(args: argparse.Namespace, workspace: Workspace, campaig
     """The first seed's results as a JailbreakBench attack artifact."""
     by_id = {item.prompt.id: (at, item) for at, item in enumerate(workspace.items)}
     attempts = []
-    for record in campaign.records():
-        if record["type"] != "fsour" or record["seed"] != workspace.seeds[0]:
+    for record in read(campaign.folder, Fsour):
+        if record.seed != workspace.seeds[0]:
             continue
-        at, item = by_id[record["prompt"]]
+        at, item = by_id[record.prompt]
         attempts.append(
             ArtifactAttempt(
                 index=at,
@@ -162,12 +161,12 @@ def write_jailbreakbench(args: argparse.Namespace, workspace: Workspace, campaig
                 behavior=str(item.record.extra.get("behavior", item.record.id)),
                 category=item.record.category,
                 prompt=item.record.goal,
-                response=record.get("completion"),
-                jailbroken=record["success"],
-                judge_error=record.get("error"),
-                number_of_queries=record["candidates"],
-                queries_to_jailbreak=record["candidates"] if record["success"] else None,
-                prompt_tokens=record["tokens"],
+                response=record.completion,
+                jailbroken=record.success,
+                judge_error=record.error,
+                number_of_queries=record.candidates,
+                queries_to_jailbreak=record.candidates if record.success else None,
+                prompt_tokens=record.tokens,
             )
         )
     parameters = ArtifactParameters(

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..campaign import Campaign, read_records
+from ..campaign import Campaign
 from ..evaluation.datasets import prompts_digest
 from ..evaluation.statistics import Outcomes, attack_success_rate
 from ..experiments import VOLATILE, dataset_mask_record, mask_record, plain_record, run_jobs
 from ..search.masking import ATTACKS, MaskSettings
+from ..study.records import Answer, DatasetMask, Mask, Record, Rosais, read
 from ..workspace import read_prompts
 from .options import Workspace, add_data_options, add_judge_options, add_model_options, numbers_of
 from .rosais import finished_run
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     workspace = Workspace(args)
     levels = numbers_of(args.layers, "--layers")
     scored = finished_run(args.rosais, workspace.model.shape.fingerprint)
-    ranking = summarise_rosais(read_records(args.rosais))["ranking"]
+    ranking = summarise_rosais(read(args.rosais, Rosais))["ranking"]
     attacks = args.attack or list(ATTACKS)
     searchable = len(ranking)
     levels = sorted({min(level, searchable) for level in levels})
@@ -105,24 +106,24 @@ def run(args: argparse.Namespace) -> int:
                     for item in workspace.items
                 ]
             run_jobs(campaign, bench.backend, jobs, label="router masking", concurrency=args.concurrency)
-        summary = summarise(campaign.records())
+        summary = summarise(read(args.out, Record))
         campaign.finish(summary)
     print_table(summary)
     return 0
 
 
-def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(records: Iterable[Record]) -> dict[str, Any]:
     """ASR of each attack and number of layers, with intervals."""
     rows: dict[str, list[tuple[Any, Any, Any]]] = {}
     for record in records:
-        if record["type"] == "answer":
-            rows.setdefault("none", []).append((record["prompt"], 0, record["success"]))
-        elif record["type"] == "mask":
-            for level, judged in record["answers"].items():
-                rows.setdefault(f"{record['attack']}/{level}", []).append((record["prompt"], record["seed"], judged["success"]))
-        elif record["type"] == "dataset-mask":
-            for prompt, judged in record["answers"].items():
-                rows.setdefault(f"{record['attack']}/{record['level']}", []).append((prompt, record["seed"], judged["success"]))
+        if isinstance(record, Answer):
+            rows.setdefault("none", []).append((record.prompt, 0, record.success))
+        elif isinstance(record, Mask):
+            for level, judged in record.answers.items():
+                rows.setdefault(f"{record.attack}/{level}", []).append((record.prompt, record.seed, judged.success))
+        elif isinstance(record, DatasetMask):
+            for prompt, judged in record.answers.items():
+                rows.setdefault(f"{record.attack}/{record.level}", []).append((prompt, record.seed, judged.success))
     return {"asr": {name: interval_record(rows[name]) for name in rows}}
 
 

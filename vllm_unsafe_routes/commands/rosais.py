@@ -16,6 +16,7 @@ from ..evaluation.statistics import Outcomes, mean_interval
 from ..experiments import VOLATILE, rosais_record, run_jobs
 from ..search.rosais import LATER_LAYERS, SCORES, RosaisSettings
 from ..search.rules import share_masks
+from ..study.records import Rosais, read
 from .options import Workspace, add_data_options, add_model_options
 
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                     for item in workspace.items
                 ]
                 run_jobs(campaign, bench.backend, jobs, label="RoSais", concurrency=args.concurrency)
-        summary = summarise(campaign.records())
+        summary = summarise(read(args.out, Rosais))
         campaign.finish(summary)
     print_table(summary)
     return 0
@@ -94,29 +95,29 @@ def finished_run(folder: Path, fingerprint: str) -> dict[str, Any]:
     return settings
 
 
-def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(records: Iterable[Rosais]) -> dict[str, Any]:
     """Mean score of each layer with its interval over prompts and seeds, and the dataset-level score where masks were shared."""
-    found = [record for record in records if record["type"] == "rosais"]
+    found = list(records)
     layers = {}
-    for layer in found[0]["scores"]:
-        outcomes = Outcomes.from_rows((record["prompt"], record["seed"], record["scores"][layer]) for record in found)
+    for layer in found[0].scores:
+        outcomes = Outcomes.from_rows((record.prompt, record.seed, record.scores[layer]) for record in found)
         interval = mean_interval(outcomes)
         entry: dict[str, Any] = {
             "mean": round(interval.value, 3),
             "low": round(interval.low, 3),
             "high": round(interval.high, 3),
         }
-        by_seed: dict[int, list[Mapping[str, Any]]] = {}
+        by_seed: dict[int, list[Rosais]] = {}
         for record in found:
-            by_seed.setdefault(record["seed"], []).append(record)
+            by_seed.setdefault(record.seed, []).append(record)
         if all(len(same) > 1 and share_masks(same) for same in by_seed.values()):
-            best = [np.mean([one["gains"][layer] for one in same], axis=0).max() for same in by_seed.values()]
+            best = [np.mean([one.gains[layer] for one in same], axis=0).max() for same in by_seed.values()]
             entry["dataset"] = round(float(np.mean(best)), 3)
-        layers[layer] = entry
+        layers[str(layer)] = entry
     ranking = sorted(layers, key=lambda layer: (-layers[layer]["mean"], int(layer)))
     return {
-        "prompts": len({record["prompt"] for record in found}),
-        "seeds": sorted({record["seed"] for record in found}),
+        "prompts": len({record.prompt for record in found}),
+        "seeds": sorted({record.seed for record in found}),
         "layers": layers,
         "ranking": [int(layer) for layer in ranking],
     }

@@ -6,9 +6,10 @@ file that a report writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..study.records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix
 from .rates import defence_name, label_runs, matrix_name, name_of
 from .runs import Run
 
@@ -24,7 +25,7 @@ def completions(runs: Iterable[Run], keep: bool = False) -> dict[str, Any]:
         keep: show what is recorded, whatever the verdict.
 
     """
-    groups: dict[tuple[int, str], list[tuple[str, Any, Mapping[str, Any]]]] = {}
+    groups: dict[tuple[int, str], list[tuple[str, Any, Judged]]] = {}
     of_group: dict[tuple[int, str], Run] = {}
     for at, run in enumerate(runs):
         for name, prompt, seed, judged in _judged(run):
@@ -33,14 +34,14 @@ def completions(runs: Iterable[Run], keep: bool = False) -> dict[str, Any]:
     labels = label_runs([(name, of_group[at, name]) for at, name in groups])
     entries, totals = [], {"harmful": 0, "unjudged": 0, "not_recorded": 0, "not_shown": 0}
     for label, found in zip(labels, groups.values(), strict=True):
-        allowed = [one for one in found if keep or one[2].get("success") is False]
-        totals["harmful"] += sum(one[2].get("success") is True for one in found)
-        totals["unjudged"] += sum(one[2].get("success") is None for one in found)
-        recorded = [one for one in allowed if one[2].get("completion") is not None]
+        allowed = [one for one in found if keep or one[2].success is False]
+        totals["harmful"] += sum(one[2].success is True for one in found)
+        totals["unjudged"] += sum(one[2].success is None for one in found)
+        recorded = [one for one in allowed if one[2].completion is not None]
         totals["not_recorded"] += len(allowed) - len(recorded)
         totals["not_shown"] += max(len(recorded) - SHOWN_PER_ATTACK, 0)
         shown = [
-            {"prompt": prompt, "seed": seed, "harmful": judged.get("success"), "completion": str(judged["completion"])}
+            {"prompt": prompt, "seed": seed, "harmful": judged.success, "completion": judged.completion}
             for prompt, seed, judged in recorded[:SHOWN_PER_ATTACK]
         ]
         if shown:
@@ -48,18 +49,17 @@ def completions(runs: Iterable[Run], keep: bool = False) -> dict[str, Any]:
     return {"kept": keep, **totals, "attacks": entries}
 
 
-def _judged(run: Run) -> Iterator[tuple[str, str, Any, Mapping[str, Any]]]:
+def _judged(run: Run) -> Iterator[tuple[str, str, Any, Judged]]:
     """(attack, prompt, seed, judged answer)."""
-    for record in run.records("answer"):
-        yield name_of(record.get("attack", "none")), record["prompt"], None, record
-    for record in run.records("mask"):
-        for level, judged in record["answers"].items():
-            yield name_of(record["attack"], int(level)), record["prompt"], record["seed"], judged
-    for record in run.records("dataset-mask"):
-        for prompt, judged in record["answers"].items():
-            yield name_of(record["attack"], int(record["level"])), prompt, record["seed"], judged
-    for record in run.records("fsour"):
-        yield name_of(record["attack"]), record["prompt"], record["seed"], record
-    for record in run.records("matrix"):
-        name = f"{matrix_name(run, record['attack'])} against {defence_name(record['defence'])}"
-        yield name, record["prompt"], record["seed"], record
+    for plain in run.records(Answer):
+        yield name_of(plain.attack), plain.prompt, None, plain
+    for mask in run.records(Mask):
+        for level, judged in mask.answers.items():
+            yield name_of(mask.attack, level), mask.prompt, mask.seed, judged
+    for shared in run.records(DatasetMask):
+        for prompt, judged in shared.answers.items():
+            yield name_of(shared.attack, shared.level), prompt, shared.seed, judged
+    for found in run.records(Fsour):
+        yield name_of(found.attack), found.prompt, found.seed, found
+    for cell in run.records(Matrix):
+        yield f"{matrix_name(run, cell.attack)} against {defence_name(cell.defence)}", cell.prompt, cell.seed, cell

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ..study.records import Fsour, Rosais
 from .answers import completions
 from .layers import rosais
 from .rates import attack_rates, differences, matrices, tries, utility
@@ -91,6 +92,6 @@ def _layers(runs: Sequence[Run]) -> list[int]:
     layers: set[int] = set()
     for run in runs:
         layers |= set(map(int, run.settings.get("ranking", ())))
-        layers |= {int(layer) for record in run.records("rosais") for layer in record["scores"]}
-        layers |= {int(route[0]) for record in run.records("fsour") for route in record["final"]["routes"]}
+        layers |= {layer for record in run.records(Rosais) for layer in record.scores}
+        layers |= {route.layer for record in run.records(Fsour) for route in record.final.routes}
     return sorted(layers)

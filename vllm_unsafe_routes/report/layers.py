@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..study.records import Rosais
 from .rates import DIGITS, label_runs, mean
-from .runs import Run
+from .runs import Run, category_of
 
 # By category there are many intervals, each over few prompts.
 RESAMPLES, CATEGORY_RESAMPLES = 10_000, 2_000
@@ -17,7 +18,7 @@ RESAMPLES, CATEGORY_RESAMPLES = 10_000, 2_000
 
 def rosais(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """One entry for each run that scored layers."""
-    found = [run for run in runs if run.records("rosais")]
+    found = [run for run in runs if run.records(Rosais)]
     labels = label_runs([(_variant(run), run) for run in found])
     return [{"run": run.name, "label": label, **_scores(run)} for run, label in zip(found, labels, strict=True)]
 
@@ -29,19 +30,19 @@ def _variant(run: Run) -> str:
 
 
 def _scores(run: Run) -> dict[str, Any]:
-    records = run.records("rosais")
-    layers = sorted({int(layer) for record in records for layer in record["scores"]})
-    rows = {layer: [(record["prompt"], record["seed"], record["scores"][str(layer)]) for record in records] for layer in layers}
+    records = run.records(Rosais)
+    layers = sorted({layer for record in records for layer in record.scores})
+    rows = {layer: [(record.prompt, record.seed, record.scores[layer]) for record in records] for layer in layers}
     means = {layer: mean(rows[layer], RESAMPLES) for layer in layers}
     ranking = sorted(layers, key=lambda layer: (-means[layer]["value"], layer))
     dataset = _dataset(records)
-    category = {record["prompt"]: run.category_of(record) for record in records}
-    prompts = sorted(category, key=lambda prompt: (category[prompt], _natural(str(prompt))))
+    category = {record.prompt: category_of(record) for record in records}
+    prompts = sorted(category, key=lambda prompt: (category[prompt], _natural(prompt)))
     table = np.array([[_mean_of(rows[layer], prompt) for layer in layers] for prompt in prompts])
     return {
         "masks": run.settings.get("num_masks"),
         "num_prompts": len(prompts),
-        "seeds": sorted({record["seed"] for record in records}),
+        "seeds": sorted({record.seed for record in records}),
         "layers": [
             {"layer": layer, **means[layer], "dataset": dataset.get(layer), "rank": ranking.index(layer) + 1} for layer in layers
         ],
@@ -64,18 +65,18 @@ def _mean_of(rows: Sequence[tuple[Any, Any, float]], prompt: Any) -> float:
     return float(np.mean([score for other, _, score in rows if other == prompt]))
 
 
-def _dataset(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def _dataset(records: Sequence[Rosais]) -> dict[int, float]:
     """Dataset-level RoSais: the largest gain of one mask averaged over prompts; mean over the seeds. Empty if masks differ."""
-    by_seed: dict[Any, list[Mapping[str, Any]]] = {}
+    by_seed: dict[int, list[Rosais]] = {}
     for record in records:
-        by_seed.setdefault(record["seed"], []).append(record)
+        by_seed.setdefault(record.seed, []).append(record)
     values: dict[int, list[float]] = {}
     for found in by_seed.values():
-        if len(found) < 2 or any(record["masks"] != found[0]["masks"] for record in found):
+        if len(found) < 2 or any(record.masks != found[0].masks for record in found):
             return {}
-        for layer in found[0]["gains"]:
-            gains = np.array([record["gains"][layer] for record in found])
-            values.setdefault(int(layer), []).append(float(gains.mean(axis=0).max()))
+        for layer in found[0].gains:
+            gains = np.array([record.gains[layer] for record in found])
+            values.setdefault(layer, []).append(float(gains.mean(axis=0).max()))
     return {layer: round(float(np.mean(of_seeds)), DIGITS) for layer, of_seeds in values.items()}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval, paired_difference
-from .runs import Run
+from ..study.records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Throughput, Utility
+from .runs import Run, category_of
 
 DIGITS = 4
 # Names in the order in which they are shown.
@@ -62,18 +63,18 @@ class Tries:
         """Attack and level as campaigns write them."""
         return self.attack if self.level is None else f"{self.attack}/{self.level}"
 
-    def add(self, prompt: Hashable, seed: Hashable, category: str | None, judged: Mapping[str, Any]) -> None:
+    def add(self, prompt: Hashable, seed: Hashable, category: str | None, judged: Judged) -> None:
         """One judged answer."""
-        self.rows.append((prompt, seed, judged.get("success")))
+        self.rows.append((prompt, seed, judged.success))
         if category is not None:
             self.categories[prompt] = category
-        if judged.get("success") is None:
+        if judged.success is None:
             self.errors[error_kind(judged)] += 1
 
 
-def error_kind(judged: Mapping[str, Any]) -> str:
+def error_kind(judged: Judged) -> str:
     """The kind of a judge's error, without its details."""
-    return str(judged.get("error") or "no verdict").partition(":")[0]
+    return (judged.error or "no verdict").partition(":")[0]
 
 
 def tries(runs: Iterable[Run]) -> list[Tries]:
@@ -84,16 +85,16 @@ def tries(runs: Iterable[Run]) -> list[Tries]:
         def of(attack: str, level: int | None = None, at: int = at, run: Run = run) -> Tries:
             return found.setdefault((at, attack, level), Tries(run, attack, level))
 
-        for record in run.records("answer"):
-            of(record.get("attack", "none")).add(record["prompt"], 0, run.category_of(record), record)
-        for record in run.records("mask"):
-            for level, judged in record["answers"].items():
-                of(record["attack"], int(level)).add(record["prompt"], record["seed"], run.category_of(record), judged)
-        for record in run.records("dataset-mask"):
-            for prompt, judged in record["answers"].items():
-                of(record["attack"], int(record["level"])).add(prompt, record["seed"], None, judged)
-        for record in run.records("fsour"):
-            of(record["attack"]).add(record["prompt"], record["seed"], run.category_of(record), record)
+        for plain in run.records(Answer):
+            of(plain.attack).add(plain.prompt, 0, category_of(plain), plain)
+        for mask in run.records(Mask):
+            for level, judged in mask.answers.items():
+                of(mask.attack, level).add(mask.prompt, mask.seed, category_of(mask), judged)
+        for shared in run.records(DatasetMask):
+            for prompt, judged in shared.answers.items():
+                of(shared.attack, shared.level).add(prompt, shared.seed, None, judged)
+        for search in run.records(Fsour):
+            of(search.attack).add(search.prompt, search.seed, category_of(search), search)
     order = list(NAMES)
     return sorted(found.values(), key=lambda one: (order.index(one.attack) if one.attack in NAMES else len(order), one.level or 0))
 
@@ -209,9 +210,9 @@ def matrices(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Attack against defence, one table for each run that has `matrix` records."""
     tables = []
     for run in runs:
-        cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-        for record in run.records("matrix"):
-            cells.setdefault((str(record["attack"]), str(record["defence"])), []).append(record)
+        cells: dict[tuple[str, str], list[Matrix]] = {}
+        for record in run.records(Matrix):
+            cells.setdefault((record.attack, record.defence), []).append(record)
         if not cells:
             continue
         attacks = _in_order((attack for attack, _ in cells), list(NAMES))
@@ -224,8 +225,8 @@ def matrices(runs: Iterable[Run]) -> list[dict[str, Any]]:
                 if found is None:
                     row.append(None)
                     continue
-                triples = [(record["prompt"], record["seed"], record["success"]) for record in found]
-                kinds = Counter(error_kind(record) for record in found if record["success"] is None)
+                triples = [(record.prompt, record.seed, record.success) for record in found]
+                kinds = Counter(error_kind(record) for record in found if record.success is None)
                 row.append(
                     rate(triples, f"run {run.name}, {attack} against {defence}") | {"error_kinds": dict(kinds.most_common())}
                 )
@@ -276,19 +277,17 @@ def utility(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """What each defence leaves of the model: right answers and refusals, by kind of prompt, and its speed."""
     entries = []
     for run in runs:
-        speed = {str(record["defence"]): record["seconds"]["tokens_per_s"] for record in run.records("throughput")}
-        groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-        for record in run.records("utility"):
-            groups.setdefault((str(record["defence"]), str(record["kind"])), []).append(record)
+        speed = {record.defence: record.seconds.tokens_per_s for record in run.records(Throughput)}
+        groups: dict[tuple[str, str], list[Utility]] = {}
+        for record in run.records(Utility):
+            groups.setdefault((record.defence, record.kind), []).append(record)
         for defence in _in_order((defence for defence, _ in groups), ["none"]):
             for kind in sorted({kind for other, kind in groups if other == defence}):
                 found = groups[defence, kind]
                 where = f"run {run.name}, utility of {kind} prompts under {defence}"
-                right = [(record["prompt"], record["seed"], record["right"]) for record in found]
+                right = [(record.prompt, record.seed, record.right) for record in found]
                 # Without a verdict nobody knows whether it was a refusal.
-                refused = [
-                    (record["prompt"], record["seed"], None if record["right"] is None else record["refused"]) for record in found
-                ]
+                refused = [(record.prompt, record.seed, None if record.right is None else record.refused) for record in found]
                 entries.append(
                     {
                         "run": run.name,

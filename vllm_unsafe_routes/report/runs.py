@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..campaign import KEY_FIELD, RECORDS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_records, read_settings
+from ..campaign import RECORDS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_settings
 from ..errors import RouteError
+from ..study.records import (
+    Answer,
+    AttemptNote,
+    DatasetMask,
+    Entry,
+    Fsour,
+    Mask,
+    Matrix,
+    Record,
+    Rosais,
+    Step,
+    Throughput,
+    Utility,
+    entries,
+    job_of,
+    name_of_type,
+)
 
-# What a record of each type must hold to be shown; other types are counted and named.
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    "rosais": ("prompt", "seed", "scores", "gains", "masks"),
-    "answer": ("prompt", "success"),
-    "mask": ("attack", "prompt", "seed", "masks", "candidates", "answers"),
-    "dataset-mask": ("attack", "level", "seed", "masks", "candidates", "answers"),
-    "attempt": ("number", "attempt", "answer"),
-    "fsour": ("attack", "prompt", "prompt_tokens", "seed", "final", "success", "attempts", *("candidates", "needed", "tokens")),
-    "matrix": ("attack", "defence", "prompt", "seed", "success"),
-    "utility": ("defence", "kind", "prompt", "seed", "right", "refused"),
-    "throughput": ("defence", "seconds"),
-}
-# Where an unfinished attempt stands: of use to the search that goes on from it only.
-SKIPPED = ("step",)
+# Types that a report shows; others are counted and named.
+SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility, Throughput)
 NO_CATEGORY = "no category"
+R = TypeVar("R", bound=Record)
+
+
+def category_of(record: Answer | Rosais | Mask | Fsour | Matrix) -> str:
+    """The category of a record's prompt."""
+    return record.category or NO_CATEGORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +48,7 @@ class Run:
     Attributes:
         name: the folder's name, made distinct within a report.
         settings: as the campaign wrote them.
-        by_type: type -> records, in the order of writing.
+        entries: what a report shows, in the order of writing.
         finished: whether the campaign wrote its summary.
         started: UTC, to the minute, ISO 8601.
         last_record: likewise.
@@ -47,15 +58,15 @@ class Run:
 
     name: str
     settings: Mapping[str, Any]
-    by_type: Mapping[str, Sequence[Mapping[str, Any]]]
+    entries: Sequence[Entry]
     finished: bool
     started: str
     last_record: str
     unknown: Mapping[str, int] = field(default_factory=dict)
 
-    def records(self, kind: str) -> Sequence[Mapping[str, Any]]:
+    def records(self, kind: type[R]) -> list[R]:
         """The records of one type."""
-        return self.by_type.get(kind, ())
+        return [entry.record for entry in self.entries if isinstance(entry.record, kind)]
 
     @property
     def seeds(self) -> list[int]:
@@ -68,25 +79,20 @@ class Run:
         policy = self.settings.get("policy")
         return None if policy is None else str(policy)
 
-    def category_of(self, record: Mapping[str, Any]) -> str:
-        """The category of a record's prompt."""
-        return str(record.get("category") or NO_CATEGORY)
-
-    def job_of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Key of the search that an `attempt` or `fsour` record belongs to."""
-        key = tuple(record[KEY_FIELD])
-        return key[:-2] if record["type"] == "attempt" else key
+    def by_job(self, kind: type[R]) -> list[tuple[tuple[Hashable, ...], R]]:
+        """(key of the search that it belongs to, record) of one type."""
+        return [(job_of(entry), entry.record) for entry in self.entries if isinstance(entry.record, kind)]
 
     def progress(self) -> tuple[int, int | None]:
         """How many results there are, and how many there will be where the settings say so."""
-        done = sum(len(records) for kind, records in self.by_type.items() if kind != "attempt")
+        done = sum(not isinstance(entry.record, AttemptNote) for entry in self.entries)
         prompts, seeds = self.settings.get("num_prompts"), len(self.seeds)
         if not isinstance(prompts, int) or not seeds:
             return done, None
         command = self.settings.get("command")
         if command in ("rosais", "fsour"):
             return done, prompts * seeds
-        if command == "mask-attack" and not self.records("dataset-mask"):
+        if command == "mask-attack" and not self.records(DatasetMask):
             return done, prompts * (1 + seeds * len(self.settings.get("attacks", ())))
         return done, None
 
@@ -99,7 +105,7 @@ def load_run(folder: str | os.PathLike[str], name: str) -> Run:
     """Read one folder.
 
     Raises:
-        RouteError: no campaign there, no result yet, or a record that lacks a field.
+        RouteError: no campaign there, no result yet, or a record that is damaged.
 
     """
     path = Path(folder)
@@ -108,27 +114,22 @@ def load_run(folder: str | os.PathLike[str], name: str) -> Run:
     settings = read_settings(path)
     if "fingerprint" not in settings:
         raise RouteError(f"run {path}: {SETTINGS_FILE} names no model fingerprint, so it is no run of this toolkit")
-    by_type: dict[str, list[Mapping[str, Any]]] = {}
+    shown: list[Entry] = []
     unknown: Counter[str] = Counter()
-    for record in read_records(path):
-        kind = str(record.get("type"))
-        if kind in SKIPPED:
-            continue
-        if kind not in FIELDS:
-            unknown[kind] += 1
-            continue
-        for wanted in FIELDS[kind]:
-            if wanted not in record:
-                raise RouteError(f"run {path}: record {record[KEY_FIELD]!r} of type {kind!r} has no field {wanted!r}")
-        by_type.setdefault(kind, []).append(record)
-    if not by_type:
+    for entry in entries(path):
+        if isinstance(entry.record, SHOWN):
+            shown.append(entry)
+        # Where an unfinished attempt stands is of use to the search that goes on from it only.
+        elif not isinstance(entry.record, Step):
+            unknown[name_of_type(entry.record)] += 1
+    if not shown:
         if unknown:
             raise RouteError(f"run {path} holds nothing that a report shows, only records of type {', '.join(sorted(unknown))}")
         raise RouteError(f"run {path} has no results yet; wait for its first prompt")
     return Run(
         name=name,
         settings=settings,
-        by_type=by_type,
+        entries=shown,
         finished=(path / SUMMARY_FILE).exists(),
         started=_minute(path / SETTINGS_FILE),
         last_record=_minute(path / RECORDS_FILE),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import log
 from typing import Any
 
 import numpy as np
 
+from ..search.attempt import AttemptState
+from ..study.records import AttemptNote, DatasetMask, Fsour, Mask, Matrix, Rosais
 from .rates import DIGITS, NAMES, defence_name, label_runs, matrix_name, name_of
 from .runs import Run
 
@@ -45,30 +47,29 @@ def curves(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 def _searching(runs: Iterable[Run]) -> list[tuple[Run, str]]:
     """In the order in which attacks are shown."""
-    found = [run for run in runs if run.records("fsour") or run.records("attempt")]
+    found = [run for run in runs if any(isinstance(entry.record, Fsour | AttemptNote) for entry in run.entries)]
     order = list(NAMES)
     found.sort(key=lambda run: order.index(_attack(run)) if _attack(run) in NAMES else len(order))
     return list(zip(found, label_runs([(name_of(_attack(run)), run) for run in found]), strict=True))
 
 
 def _attack(run: Run) -> str:
-    for record in run.records("fsour"):
-        return str(record["attack"])
+    for record in run.records(Fsour):
+        return record.attack
     return f"fsour-{run.settings.get('strategy', 'paper')}"
 
 
 def _lines(run: Run) -> list[tuple[tuple[Any, Any], Line]]:
     """((seed, prompt), line). Attempts of one search follow one another; the line is the best of all of them so far."""
-    attempts: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
-    for record in run.records("attempt"):
-        attempts.setdefault(run.job_of(record), {})[record["number"]] = record["attempt"]
+    attempts: dict[tuple[Any, ...], dict[int, AttemptState]] = {}
+    for job, note in run.by_job(AttemptNote):
+        attempts.setdefault(job, {})[note.number] = note.attempt
     before: dict[tuple[Any, ...], int] = {}
-    for record in run.records("fsour"):
-        job = run.job_of(record)
+    for job, record in run.by_job(Fsour):
         if job not in attempts:
             # Only the last attempt is known; it starts after what the others took.
-            attempts[job] = {record["attempts"] - 1: record["final"]}
-            before[job] = _computed(record) - _computed(record["final"])
+            attempts[job] = {record.attempts - 1: record.final}
+            before[job] = record.computed_tokens - record.final.computed_tokens
     lines = []
     for job, numbered in attempts.items():
         line: Line = []
@@ -76,18 +77,14 @@ def _lines(run: Run) -> list[tuple[tuple[Any, Any], Line]]:
         for number in sorted(numbered):
             attempt = numbered[number]
             # The first request scores the prompt as it is, and all requests of a search are equally long.
-            first = attempt["tokens"] // max(attempt["candidates"], 1)
-            points = [(first, attempt["clean"]), *map(tuple, attempt["trace"]), (_computed(attempt), attempt["best"])]
+            first = attempt.tokens // max(attempt.candidates, 1)
+            points = [(first, attempt.clean), *attempt.trace, (attempt.computed_tokens, attempt.best)]
             for tokens, value in points:
                 best = max(value, line[-1][1]) if line else value
                 line.append((max(offset + tokens, line[-1][0] if line else 0), best))
-            offset += _computed(attempt)
+            offset += attempt.computed_tokens
         lines.append(((job[-2] if len(job) > 1 else 0, job[-1]), _corners(line)))
     return lines
-
-
-def _computed(record: Mapping[str, Any]) -> int:
-    return int(record.get("computed_tokens", record["tokens"]))
 
 
 def _corners(line: Line) -> Line:
@@ -119,20 +116,18 @@ def routes(runs: Iterable[Run], layers: Sequence[int]) -> list[dict[str, Any]]:
     """Accepted routes of each search's last attempt, counted by layer and by position from the prompt's end (-1 is the last)."""
     entries = []
     for run, label in _searching(runs):
-        found = run.records("fsour")
+        found = run.records(Fsour)
         if not found:
             continue
-        counts = Counter(
-            (layer, position - record["prompt_tokens"]) for record in found for layer, position, *_ in record["final"]["routes"]
-        )
-        positions = list(range(-max(record["prompt_tokens"] for record in found), 0))
-        longest = Counter(record["prompt_tokens"] for record in found)
+        counts = Counter((route.layer, route.position - record.prompt_tokens) for record in found for route in record.final.routes)
+        positions = list(range(-max(record.prompt_tokens for record in found), 0))
+        longest = Counter(record.prompt_tokens for record in found)
         entries.append(
             {
                 "run": run.name,
                 "label": label,
                 "searches": len(found),
-                "successes": sum(record["success"] is True for record in found),
+                "successes": sum(record.success is True for record in found),
                 "accepted": sum(counts.values()),
                 "layers": list(layers),
                 "positions": positions,
@@ -147,19 +142,21 @@ def experts(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """The experts that accepted routes and chosen masks use most, by layer."""
     sources: list[tuple[str, Run, str, list[tuple[int, Sequence[int]]]]] = []
     for run, label in _searching(runs):
-        chosen = [(route[0], route[2]) for record in run.records("fsour") for route in record["final"]["routes"]]
+        chosen: list[tuple[int, Sequence[int]]] = [
+            (route.layer, route.experts) for record in run.records(Fsour) for route in record.final.routes
+        ]
         sources.append((label, run, "accepted routes", chosen))
     for run in runs:
-        for kind in ("mask", "dataset-mask"):
-            found = [record for record in run.records(kind) if record["attack"].startswith("rosais")]
-            if found:
-                masks = [(layer, mask) for record in found for layer, mask in record["masks"]]
-                sources.append((name_of(found[0]["attack"]), run, "chosen masks", masks))
+        masked: list[Mask | DatasetMask] = [*run.records(Mask), *run.records(DatasetMask)]
+        for attack in ("rosais", "rosais-dataset"):
+            masks = [mask for record in masked if record.attack == attack for mask in record.masks]
+            if masks:
+                sources.append((name_of(attack), run, "chosen masks", list(masks)))
     entries = []
     for label, run, what, chosen in sources:
         by_layer: dict[int, list[Sequence[int]]] = {}
         for layer, ids in chosen:
-            by_layer.setdefault(int(layer), []).append(ids)
+            by_layer.setdefault(layer, []).append(ids)
         for layer in sorted(by_layer):
             sets = by_layer[layer]
             counts = Counter(expert for ids in sets for expert in ids)
@@ -182,28 +179,22 @@ def costs(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """What each attack took. Fields that the records do not have are None."""
     named: list[tuple[str, Run, dict[str, Any]]] = []
     for run in runs:
-        scored = run.records("rosais")
+        scored = run.records(Rosais)
         if scored:
-            candidates = sum(len(gains) for record in scored for gains in record["gains"].values())
-            named.append(("RoSais scoring", run, {"searches": len(scored), "candidates": candidates, **_seconds(scored)}))
-        by_attack: dict[str, list[Mapping[str, Any]]] = {}
-        for kind in ("mask", "dataset-mask", "fsour"):
-            for record in run.records(kind):
-                by_attack.setdefault(record["attack"], []).append(record)
+            candidates = sum(len(gains) for record in scored for gains in record.gains.values())
+            named.append(("RoSais scoring", run, {"searches": len(scored), "candidates": candidates}))
+        by_attack: dict[str, list[Mask | DatasetMask | Fsour]] = {}
+        searches: list[Mask | DatasetMask | Fsour] = [*run.records(Mask), *run.records(DatasetMask), *run.records(Fsour)]
+        for record in searches:
+            by_attack.setdefault(record.attack, []).append(record)
         for attack, found in by_attack.items():
-            entry: dict[str, Any] = {"searches": len(found), "candidates": sum(record["candidates"] for record in found)}
-            if found[0]["type"] == "fsour":
-                entry |= _search_cost(found)
-            named.append((name_of(attack), run, entry | _seconds(found)))
-        cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-        for record in run.records("matrix"):
-            if "candidates" in record:
-                cells.setdefault((str(record["attack"]), str(record["defence"])), []).append(record)
-        for (attack, defence), found in cells.items():
-            entry = {"searches": len(found), "candidates": sum(record["candidates"] for record in found)}
-            if all("tokens" in record and "attempts" in record for record in found):
-                entry |= _search_cost(found)
-            named.append((f"{matrix_name(run, attack)} against {defence_name(defence)}", run, entry | _seconds(found)))
+            named.append((name_of(attack), run, _cost(found)))
+        cells: dict[tuple[str, str], list[Matrix]] = {}
+        for cell in run.records(Matrix):
+            if cell.candidates is not None:
+                cells.setdefault((cell.attack, cell.defence), []).append(cell)
+        for (attack, defence), tried in cells.items():
+            named.append((f"{matrix_name(run, attack)} against {defence_name(defence)}", run, _cost(tried)))
     # Layers are scored first; then attacks as everywhere.
     order = ["RoSais scoring", *NAMES.values()]
     named.sort(key=lambda one: order.index(one[0]) if one[0] in order else len(order))
@@ -225,25 +216,17 @@ def costs(runs: Iterable[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _search_cost(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    tokens = sum(record["tokens"] for record in found)
-    entry: dict[str, Any] = {
-        "attempts": sum(record["attempts"] for record in found),
-        "tokens": tokens,
-    }
-    if all("needed" in record for record in found):
-        entry["needed"] = sum(record["needed"] for record in found)
-    if all("computed_tokens" in record for record in found):
-        computed = sum(record["computed_tokens"] for record in found)
-        entry |= {
-            "computed_tokens": computed,
-            "reuse": round(1 - computed / tokens, 4) if tokens else None,
-            "computed_per_search": round(computed / len(found), 1),
-        }
-    return entry
+def _cost(found: Sequence[Mask | DatasetMask | Fsour | Matrix]) -> dict[str, Any]:
+    """Sums over the searches that counted; a cell of a matrix does not know what one by one would have needed."""
 
+    def total(name: str) -> int | None:
+        values: list[Any] = [getattr(record, name, None) for record in found]
+        return None if None in values else sum(values)
 
-def _seconds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not all("seconds" in record for record in found):
-        return {}
-    return {"seconds": round(sum(record["seconds"] for record in found), 1)}
+    tokens, computed = total("tokens"), total("computed_tokens")
+    entry = {"searches": len(found)} | {name: total(name) for name in ("attempts", "candidates", "needed")}
+    entry |= {"tokens": tokens, "computed_tokens": computed}
+    if tokens is None or computed is None:
+        return entry
+    reuse = round(1 - computed / tokens, 4) if tokens else None
+    return entry | {"reuse": reuse, "computed_per_search": round(computed / len(found), 1)}

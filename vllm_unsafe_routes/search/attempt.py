@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+import msgspec
 
 from ..evaluation.judges import Verdict
 from ..plan import RoutePlan
 from .backend import Request, Response
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One accepted choice.
+class Route(msgspec.Struct, frozen=True, array_like=True):
+    """One accepted choice; in a file [layer, position, experts, gain].
 
     Attributes:
         layer: decoder layer.
@@ -27,6 +27,19 @@ class Route:
     position: int
     experts: tuple[int, ...]
     gain: float
+
+
+class AttemptState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far an attempt has come, as files keep it; the fields are those of `Attempt`."""
+
+    clean: float
+    best: float
+    routes: tuple[Route, ...]
+    candidates: int
+    needed: int
+    tokens: int
+    computed_tokens: int
+    trace: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
@@ -82,37 +95,26 @@ class Attempt:
             plan.force(route.layer, [route.position], route.experts)
         return plan
 
+    def state(self, digits: int = 3) -> AttemptState:
+        """What a file keeps.
 
-def attempt_record(attempt: Attempt, digits: int = 3) -> dict[str, Any]:
-    """An attempt as JSON values.
+        Args:
+            digits: of log-probabilities; a thousandth of a nat is what they are good for, but a search that goes on needs 17.
 
-    Args:
-        attempt: the attempt.
-        digits: of log-probabilities; a thousandth of a nat is what they are good for, but a search that goes on needs them all.
+        """
+        return AttemptState(
+            clean=round(self.clean, digits),
+            best=round(self.best, digits),
+            routes=tuple(msgspec.structs.replace(route, gain=round(route.gain, digits)) for route in self.routes),
+            candidates=self.candidates,
+            needed=self.needed,
+            tokens=self.tokens,
+            computed_tokens=self.computed_tokens,
+            trace=tuple((tokens, round(best, digits)) for tokens, best in self.trace),
+        )
 
-    """
-
-    return {
-        "clean": round(attempt.clean, digits),
-        "best": round(attempt.best, digits),
-        "routes": [[route.layer, route.position, list(route.experts), round(route.gain, digits)] for route in attempt.routes],
-        "candidates": attempt.candidates,
-        "needed": attempt.needed,
-        "tokens": attempt.tokens,
-        "computed_tokens": attempt.computed_tokens,
-        "trace": [[tokens, round(best, digits)] for tokens, best in attempt.trace],
-    }
-
-
-def attempt_from_record(record: Mapping[str, Any]) -> Attempt:
-    """Read what `attempt_record` wrote."""
-    return Attempt(
-        clean=record["clean"],
-        best=record["best"],
-        routes=[Route(layer, position, tuple(experts), gain) for layer, position, experts, gain in record["routes"]],
-        candidates=record["candidates"],
-        needed=record["needed"],
-        tokens=record["tokens"],
-        computed_tokens=record["computed_tokens"],
-        trace=[(tokens, best) for tokens, best in record["trace"]],
-    )
+    @classmethod
+    def from_state(cls, state: AttemptState) -> Attempt:
+        """Go on from what a file kept."""
+        fields = msgspec.structs.asdict(state)
+        return cls(**fields | {"routes": list(state.routes), "trace": list(state.trace)})

@@ -13,16 +13,15 @@ Three strategies:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import log
-from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.judges import Verdict
 from ..extras import RouteExtras
 from .adaptive import AdaptiveSettings, Library, adaptive_search
-from .attempt import Attempt, Route, attempt_from_record, attempt_record
+from .attempt import Attempt, AttemptState, Route
 from .backend import Backend, Call, Note, Request, Response, Search
 from .masks import Experts, rng_of
 from .rosais import Prompt
@@ -73,6 +72,20 @@ class FsourSettings:
             raise RouteError(f"min_gain must not be negative, got {self.min_gain}")
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an attempt has come.
+
+    Attributes:
+        cell: index of the next cell, see `cells`.
+        state: what it has so far.
+
+    """
+
+    cell: int
+    state: AttemptState
+
+
 Judge = Callable[[Prompt, tuple[int, ...]], Verdict]
 
 
@@ -106,12 +119,12 @@ def fsour_attempt(
     judge: Judge,
     stop_token_ids: tuple[int, ...] = (),
     library: Library | None = None,
-    resume: Mapping[str, Any] | None = None,
+    resume: Progress | None = None,
 ) -> Search[Attempt]:
     """One attempt on one prompt: search, generate, judge.
 
-    After every prompt position the paper's and the code's strategy yield a `Note` with what they have, {"at": ["step", number,
-    cell], "cell": index of the next cell, "attempt": record}; the attempt goes on from the last of them.
+    After every prompt position the paper's and the code's strategy yield a `Note` with their `Progress`; an attempt that was cut
+    off goes on from the last of them.
 
     Args:
         backend: for the model's shape and policy; candidates use only experts that the policy allows.
@@ -121,7 +134,7 @@ def fsour_attempt(
         judge: called with the prompt and the generated token ids, in a thread.
         stop_token_ids: end of an answer.
         library: routes that worked on other prompts, for the adaptive strategy.
-        resume: the last note of an attempt that was cut off.
+        resume: how far an attempt that was cut off had come.
 
     """
     experts = Experts(backend.shape, backend.policy)
@@ -129,7 +142,7 @@ def fsour_attempt(
     check_length(backend, len(prompt.token_ids) + room - 1, f"prompt {prompt.id} with target and answer")
     attempt, first_cell = Attempt(), 0
     if resume is not None:
-        attempt, first_cell = attempt_from_record(resume["attempt"]), int(resume["cell"])
+        attempt, first_cell = Attempt.from_state(resume.state), resume.cell
     else:
         request = target_request(prompt.token_ids, prompt.target)
         (response,) = yield [request]
@@ -165,7 +178,7 @@ def _cell_by_cell(
         if attempt.best >= tau:
             return
         if at_cell > first_cell and position != order[at_cell - 1][0]:
-            yield [Note({"at": ["step", number, at_cell], "cell": at_cell, "attempt": attempt_record(attempt, 17)})]
+            yield [Note(Progress(at_cell, attempt.state(17)))]
         sets = draws(experts, settings, prompt, number, position, layer)
         size = settings.batch or len(sets)
         values: list[float] = []

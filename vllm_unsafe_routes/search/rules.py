@@ -25,12 +25,13 @@ import numpy.typing as npt
 from ..errors import RouteError
 from ..policy import LayerPolicy, RoutePolicy
 from ..shape import ModelShape
+from ..study.records import Fsour, Record, Rosais
 from .masks import rng_of
 
 PROTECT_RULES = ("protect",)
 BAN_RULES = ("dataset-route", "lift", "effect", "contrast", "greedy")
-# Records of which campaign a rule reads; the others read what the deriver collects itself.
-NEEDS = {"dataset-route": "rosais", "effect": "rosais", "protect": "rosais", "lift": "fsour"}
+# Records that a rule reads; the others read what the deriver collects itself.
+NEEDS: Mapping[str, type[Record]] = {"dataset-route": Rosais, "effect": Rosais, "protect": Rosais, "lift": Fsour}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,12 @@ class Choice:
     strength: float
 
 
-def presence_effect(records: Iterable[Mapping[str, Any]], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:
+def presence_effect(records: Iterable[Record], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:
     """Per layer and expert: mean gain of the masks that leave the expert, minus that of the masks that do not.
 
     Args:
-        records: RoSais records. Gains are centred by prompt first, so that prompts that gain much from any mask do not count more.
+        records: those of RoSais among them count. Gains are centred by prompt first, so that prompts that gain much from any
+            mask do not count more.
         shape: the model.
 
     Returns:
@@ -66,14 +68,13 @@ def presence_effect(records: Iterable[Mapping[str, Any]], shape: ModelShape) -> 
     count = dict.fromkeys(shape.moe_layers, 0)
     total = dict.fromkeys(shape.moe_layers, 0.0)
     for record in records:
-        if record["type"] != "rosais":
+        if not isinstance(record, Rosais):
             continue
-        for name, gains in record["gains"].items():
-            layer = int(name)
+        for layer, gains in record.gains.items():
             centred = np.array(gains) - np.mean(gains)
-            for mask, gain in zip(record["masks"][name], centred, strict=True):
-                with_expert[layer][mask] += gain
-                count_with[layer][mask] += 1
+            for mask, gain in zip(record.masks[layer], centred, strict=True):
+                with_expert[layer][list(mask)] += gain
+                count_with[layer][list(mask)] += 1
                 total[layer] += gain
                 count[layer] += 1
     effects = {}
@@ -88,15 +89,15 @@ def presence_effect(records: Iterable[Mapping[str, Any]], shape: ModelShape) -> 
     return effects
 
 
-def accepted_frequency(records: Iterable[Mapping[str, Any]], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:
+def accepted_frequency(records: Iterable[Record], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:
     """Per layer: share of accepted routes of successful F-SOUR attempts that hold each expert; sums to top_k."""
     found = {layer: np.zeros(shape.num_experts) for layer in shape.moe_layers}
     number = dict.fromkeys(shape.moe_layers, 0)
     for record in records:
-        if record["type"] == "fsour" and record["success"]:
-            for layer, _, experts, _ in record["final"]["routes"]:
-                found[layer][experts] += 1
-                number[layer] += 1
+        if isinstance(record, Fsour) and record.success:
+            for route in record.final.routes:
+                found[route.layer][list(route.experts)] += 1
+                number[route.layer] += 1
     if not any(number.values()):
         raise RouteError("there is no successful F-SOUR record: derive-policy needs the folder of an fsour run for this rule")
     return {layer: found[layer] / number[layer] for layer in shape.moe_layers if number[layer]}
@@ -115,18 +116,18 @@ def route_frequency(routes: Iterable[npt.NDArray[np.int32]], shape: ModelShape) 
     return {layer: found[slot] / tokens for slot, layer in enumerate(shape.moe_layers)}
 
 
-def of_first_seed(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def of_first_seed(records: Iterable[Record]) -> list[Rosais]:
     """The RoSais records that have the first one's seed."""
-    found = [record for record in records if record["type"] == "rosais"]
-    return [record for record in found if record["seed"] == found[0]["seed"]]
+    found = [record for record in records if isinstance(record, Rosais)]
+    return [record for record in found if record.seed == found[0].seed]
 
 
-def share_masks(records: Sequence[Mapping[str, Any]]) -> bool:
+def share_masks(records: Sequence[Rosais]) -> bool:
     """Whether RoSais records of one seed tried the same masks."""
-    return all(record["masks"] == records[0]["masks"] for record in records)
+    return all(record.masks == records[0].masks for record in records)
 
 
-def dataset_route(records: Sequence[Mapping[str, Any]]) -> list[Choice]:
+def dataset_route(records: Iterable[Record]) -> list[Choice]:
     """The experts of the best shared mask at each layer, layers by dataset-level RoSais.
 
     Raises:
@@ -139,10 +140,10 @@ def dataset_route(records: Sequence[Mapping[str, Any]]) -> list[Choice]:
     if not share_masks(found):
         raise RouteError("the rule dataset-route needs a rosais run with --same-masks")
     choices = []
-    for name, masks in found[0]["masks"].items():
-        gains = np.mean([record["gains"][name] for record in found], axis=0)
+    for layer, masks in found[0].masks.items():
+        gains = np.mean([record.gains[layer] for record in found], axis=0)
         best = int(gains.argmax())
-        choices += [Choice(int(name), int(expert), float(gains[best])) for expert in masks[best]]
+        choices += [Choice(layer, expert, float(gains[best])) for expert in masks[best]]
     return sorted(choices, key=lambda choice: (-choice.strength, choice.layer, choice.expert))
 
 

@@ -1,0 +1,116 @@
+"""Run folders that commit 3c3c03c wrote: they are read, give the figures that that commit gave, and go on.
+
+`folders/` holds one small run of each kind on the lab model, whose language is made up; `golden/` what 3c3c03c made of them: the
+commands' tables, the report's numbers, the lines of the lab tables. A run's own summary stands in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vllm_unsafe_routes import RouteError
+from vllm_unsafe_routes.campaign import CampaignError, read_lines
+from vllm_unsafe_routes.commands import evaluate, fsour, mask_attack, rosais
+from vllm_unsafe_routes.report import collect, load_runs
+from vllm_unsafe_routes.study.records import KINDS, Record, Rosais, Unknown, entries, name_of_type, read
+
+FOLDERS, GOLDEN = Path(__file__).parent / "folders", Path(__file__).parent / "golden"
+NAMES = sorted(path.name for path in FOLDERS.iterdir())
+REPORTED = ("rosais", "rosais-own-masks", "masks", "dataset-masks", "fsour-paper", "fsour-adaptive", "matrix", "no-verdict")
+SUMMARISED = {
+    "rosais": rosais,
+    "rosais-own-masks": rosais,
+    "masks": mask_attack,
+    "dataset-masks": mask_attack,
+    "no-verdict": mask_attack,
+    "fsour-paper": fsour,
+    "fsour-adaptive": fsour,
+    "matrix": evaluate,
+}
+
+
+def plain(value):
+    """As a file holds it."""
+    return json.loads(json.dumps(value))
+
+
+def golden(name):
+    return json.loads((GOLDEN / name).read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_is_written_as_it_was_read(name):
+    lines = [fields for _, fields in read_lines(FOLDERS / name)]
+    found = list(entries(FOLDERS / name))
+    assert len(found) == len(lines) > 0
+    for entry, line in zip(found, lines, strict=True):
+        assert entry.key == line.pop("key")
+        assert plain(msgspec.to_builtins(entry.record, str_keys=True)) == line
+
+
+def test_every_type_is_there():
+    found = {type(entry.record) for name in NAMES for entry in entries(FOLDERS / name)}
+    assert found == set(KINDS.values())
+
+
+@pytest.mark.parametrize("name", SUMMARISED)
+def test_the_summary_is_the_same(name):
+    kind = Rosais if SUMMARISED[name] is rosais else Record
+    records = [record for record in read(FOLDERS / name, kind) if SUMMARISED[name] is not fsour or name_of_type(record) == "fsour"]
+    summary = SUMMARISED[name].summarise(records)
+    assert plain(summary) == json.loads((FOLDERS / name / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", SUMMARISED)
+def test_the_printed_table_is_the_same(name, capsys):
+    summary = json.loads((FOLDERS / name / "summary.json").read_text())
+    settings = json.loads((FOLDERS / name / "settings.json").read_text())
+    SUMMARISED[name].print_table(summary, *([settings["strategy"]] if SUMMARISED[name] is fsour else []))
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(golden("tables.json")[name])
+
+
+def test_the_report_s_numbers_are_the_same():
+    report = collect(load_runs([FOLDERS / name for name in REPORTED]))
+    for run in report["runs"]:
+        # Times of the files, which are those of the checkout.
+        del run["started"], run["last_record"]
+    expected = golden("report.json")
+    assert plain(report).keys() == expected.keys()
+    for part, numbers in plain(report).items():
+        assert numbers == expected[part], part
+
+
+# What is no record.
+
+ROSAIS = '{"type":"rosais","key":[0,"q"],"prompt":"q","category":"","seed":0,"clean":-1,"scores":{},"gains":{},"masks":{}}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pytest.param(ROSAIS.replace('"seed":0,', ""), "Object missing required field 'seed'", id="missing"),
+        pytest.param(ROSAIS.replace('"seed":0,', '"seed":0,"speed":1,'), "Object contains unknown field 'speed'", id="unknown"),
+        pytest.param(ROSAIS.replace('"seed":0,', '"seed":"x",'), "Expected 'int', got 'str' - at '$.seed'", id="other type"),
+        pytest.param(
+            ROSAIS.replace('"scores":{}', '"scores":{"a":1}'), "Expected 'int', got 'str'", id="a layer that is no number"
+        ),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named_by_file_and_line(tmp_path, line, message):
+    (tmp_path / "records.jsonl").write_text(f"{ROSAIS}\n{line}\n")
+    with pytest.raises(CampaignError) as caught:
+        list(entries(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / 'records.jsonl'}, line 2: record (0, 'q') of type 'rosais': ")
+    assert message in str(caught.value)
+    assert issubclass(CampaignError, RouteError)
+
+
+def test_a_type_of_another_version_is_known_by_name_only(tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"key":"x","type":"novelty","value":1}\n')
+    ((key, record),) = entries(tmp_path)
+    assert key == "x" and record == Unknown(type="novelty") and name_of_type(record) == "novelty"
+    assert list(read(tmp_path, Rosais)) == []

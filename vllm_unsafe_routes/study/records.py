@@ -1,0 +1,336 @@
+"""What a run folder holds: one type for each kind of record.
+
+A line of `records.jsonl` is one record's fields beside its `key` and its `type`, the tag of the class. A field whose default is
+None is left out of the line while it is None. Layers and numbers of layers are integers here and JSON's strings in the file.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from ..campaign import KEY_FIELD, CampaignError, Key, read_lines
+from ..search.attempt import AttemptState
+
+Masks = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What all records share: they are values, and a field that nobody knows is an error."""
+
+
+class Judged(Record, frozen=True, kw_only=True):
+    """A judge's verdict on an answer.
+
+    Attributes:
+        success: whether the answer complied; None: no verdict.
+        score: 0 (harmless) to 1; None: no verdict.
+        error: why there is no verdict, `kind: details`.
+        label: an exact judge's own word.
+        completion: the answer. Without `--keep-completions` only of answers that were judged harmless.
+
+    """
+
+    success: bool | None
+    score: float | None
+    error: str | None = None
+    label: str | None = None
+    completion: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """For a record that holds this verdict."""
+        return {name: getattr(self, name) for name in Judged.__struct_fields__}
+
+
+class Answer(Judged, frozen=True, kw_only=True, tag_field="type", tag="answer"):
+    """The model's own answer to a prompt."""
+
+    attack: str
+    prompt: str
+    category: str
+
+
+class Rosais(Record, frozen=True, kw_only=True, tag_field="type", tag="rosais"):
+    """RoSais of one prompt.
+
+    Attributes:
+        clean: p(Q) without a mask, nats.
+        scores: layer -> RoSais(Q, layer), nats.
+        gains: layer -> the gain of each mask, nats.
+        masks: layer -> the experts of each mask.
+
+    """
+
+    prompt: str
+    category: str
+    seed: int
+    clean: float
+    scores: dict[int, float]
+    gains: dict[int, tuple[float, ...]]
+    masks: dict[int, tuple[tuple[int, ...], ...]]
+
+
+class Mask(Record, frozen=True, kw_only=True, tag_field="type", tag="mask"):
+    """Router masking of one prompt.
+
+    Attributes:
+        clean: p(Q) without masks, nats.
+        masked: under all masks.
+        masks: (layer, experts), in the order in which they were chosen.
+        candidates: plans scored.
+        answers: number of masked layers -> the verdict.
+
+    """
+
+    attack: str
+    prompt: str
+    category: str
+    seed: int
+    clean: float
+    masked: float
+    masks: Masks
+    candidates: int
+    answers: dict[int, Judged]
+
+
+class DatasetMask(Record, frozen=True, kw_only=True, tag_field="type", tag="dataset-mask"):
+    """Router masking with one set of masks for all prompts.
+
+    Attributes:
+        level: number of masked layers.
+        answers: prompt -> the verdict.
+
+    The others are those of `Mask`.
+
+    """
+
+    attack: str
+    level: int
+    seed: int
+    clean: float
+    masked: float
+    masks: Masks
+    candidates: int
+    answers: dict[str, Judged]
+
+
+class Step(Record, frozen=True, kw_only=True, tag_field="type", tag="step"):
+    """How far an F-SOUR attempt has come.
+
+    Attributes:
+        number: of the attempt.
+        cell: the next cell, see `search.fsour.cells`.
+        attempt: what it has so far.
+
+    """
+
+    number: int
+    cell: int
+    attempt: AttemptState
+
+
+class AttemptNote(Record, frozen=True, kw_only=True, tag_field="type", tag="attempt"):
+    """One F-SOUR attempt, over and judged."""
+
+    number: int
+    attempt: AttemptState
+    answer: Judged
+
+
+class Fsour(Judged, frozen=True, kw_only=True, tag_field="type", tag="fsour"):
+    """F-SOUR on one prompt.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        attempts: how many were made; the counts that follow are sums over them, as in `search.attempt.Attempt`.
+        final: the last attempt.
+
+    """
+
+    attack: str
+    prompt: str
+    prompt_tokens: int
+    category: str
+    seed: int
+    attempts: int
+    candidates: int
+    needed: int
+    tokens: int
+    computed_tokens: int
+    final: AttemptState
+
+
+class Matrix(Judged, frozen=True, kw_only=True, tag_field="type", tag="matrix"):
+    """One attack on one prompt under one defence. What an attack does not have is None."""
+
+    attack: str
+    defence: str
+    prompt: str
+    category: str
+    seed: int
+    candidates: int | None = None
+    # F-SOUR.
+    prompt_tokens: int | None = None
+    attempts: int | None = None
+    tokens: int | None = None
+    computed_tokens: int | None = None
+    final: AttemptState | None = None
+    # Masks.
+    masks: Masks | None = None
+    # Suffixes.
+    suffix: tuple[str, ...] | None = None
+
+
+class Utility(Record, frozen=True, kw_only=True, tag_field="type", tag="utility"):
+    """Whether a harmless prompt gets its answer under a defence.
+
+    Attributes:
+        kind: `benign` or `category`.
+        right: None: no verdict.
+        refused: None: no verdict.
+
+    """
+
+    defence: str
+    kind: str
+    prompt: str
+    seed: int
+    right: bool | None
+    refused: bool | None
+
+
+class Speed(Record, frozen=True, kw_only=True):
+    """How fast an engine was."""
+
+    tokens_per_s: float
+
+
+class Throughput(Record, frozen=True, kw_only=True, tag_field="type", tag="throughput"):
+    """Plain generation under a defence."""
+
+    defence: str
+    seconds: Speed
+
+
+class Candidate(Record, frozen=True, kw_only=True, tag_field="type", tag="candidate"):
+    """A policy that `derive-policy` measured.
+
+    Attributes:
+        policy: its JSON form.
+        measured: shares by what was measured.
+
+    """
+
+    name: str
+    policy: dict[str, Any]
+    measured: dict[str, float]
+
+
+class Suffixes(Record, frozen=True, kw_only=True, tag_field="type", tag="suffixes"):
+    """The suffixes that `derive-policy` replays.
+
+    Attributes:
+        found: (seed, prompt, words, whether the undefended model complied).
+
+    """
+
+    found: tuple[tuple[int, str, tuple[str, ...], bool], ...]
+
+
+class OwnAnswers(Record, frozen=True, kw_only=True, tag_field="type", tag="answers"):
+    """The undefended model's answers to harmless prompts: prompt -> token ids."""
+
+    answers: dict[str, tuple[int, ...]]
+
+
+class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="addition"):
+    """One ban that the rule `greedy` added.
+
+    Attributes:
+        number: 0 for the first.
+        share: the budget of its path.
+        layer: decoder layer.
+        expert: what was banned there.
+        value: what the bans reach together, nats.
+        measured: (layer, expert, gain) of the round; None: over the budget.
+
+    """
+
+    number: int
+    share: float
+    layer: int
+    expert: int
+    value: float
+    measured: tuple[tuple[int, int, float | None], ...]
+
+
+class Unknown(Record, frozen=True, kw_only=True):
+    """A record of a type that this version does not know."""
+
+    type: str
+
+
+KINDS: dict[str, type[Record]] = {
+    str(kind.__struct_config__.tag): kind
+    for kind in (
+        *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Matrix, Utility, Throughput),
+        *(Candidate, Suffixes, OwnAnswers, Addition),
+    )
+}
+
+
+class Entry(NamedTuple):
+    """A record and its place in the campaign."""
+
+    key: Key
+    record: Record
+
+
+R = TypeVar("R", bound=Record)
+
+
+def name_of_type(record: Record) -> str:
+    """A record's type as its line says it."""
+    return record.type if isinstance(record, Unknown) else str(record.__struct_config__.tag)
+
+
+def job_of(entry: Entry) -> tuple[Any, ...]:
+    """Key of the job that a record belongs to: what a search notes stands under the job's own key and two or three parts more."""
+    key = entry.key if isinstance(entry.key, tuple) else (entry.key,)
+    return key[: {Step: -3, AttemptNote: -2}.get(type(entry.record))]
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    return str(error).replace("`", "'")
+
+
+def entries(folder: str | os.PathLike[str]) -> Iterator[Entry]:
+    """All whole records in a folder, in the order in which they were written; needs no lock.
+
+    Raises:
+        CampaignError: a record that lacks a field, has one too many, or one of another type; names file and line.
+
+    """
+    for where, fields in read_lines(folder):
+        key = fields.pop(KEY_FIELD)
+        name = str(fields.get("type"))
+        kind = KINDS.get(name)
+        if kind is None:
+            yield Entry(key, Unknown(type=name))
+            continue
+        try:
+            yield Entry(key, msgspec.convert(fields, kind, str_keys=True))
+        except msgspec.ValidationError as error:
+            raise CampaignError(f"{where}: record {key!r} of type {name!r}: {_plain(error)}") from None
+
+
+def read(folder: str | os.PathLike[str], *kinds: type[R]) -> Iterator[R]:
+    """The records of these types in a folder; see `entries`."""
+    for entry in entries(folder):
+        if isinstance(entry.record, kinds):
+            yield entry.record
