@@ -7,13 +7,14 @@ STAMP := $(VENV)/.ready
 ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo test test-long lint bench lab-results clean
+.PHONY: help setup demo test test-long lint house bench lab-results clean
 
 help:
 	@echo "make demo       RoSais, masking, F-SOUR and a report on the lab model, in the real vLLM engine (sets everything up first)"
 	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (two groups at a time)"
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make lint       ruff and mypy"
+	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in README.md and docs/defence.md (an hour or two)"
 	@echo "make bench      what route control costs in serving, and how fast candidates are scored; rewrites benchmarks/results"
 	@echo "                and the README's tables; wants the machine for itself (about 20 minutes)"
@@ -78,6 +79,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_unsafe_routes kernels
+
+house: setup
+	@$(ENV) $(BIN)/python tests/support/house.py
 
 bench: setup
 	rm -rf runs/bench

@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from house import KERNELS, PACKAGE, ROOT, SOURCES, Import, imports
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "vllm_unsafe_routes"
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What the front end needs to check a plan, and what a user without an engine needs to write one.
 PURE = ("errors", "shape", "directive", "wire", "plan", "extras", "policy", "compiled", "table", "receipt")
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}
 NEVER_VLLM = ("lab", "evaluation", "search", "study", "campaign.py")
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, by its absolute name."""
-
-    module: str
-    line: int
-    lazy: bool
-
-    @property
-    def top(self) -> str:
-        return self.module.split(".")[0]
-
-
-def dotted(path: Path) -> list[str]:
-    """Package of a file, as parts of its installed name; `kernels/` is installed inside the package."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    if parts[0] == "kernels":
-        parts.insert(0, PACKAGE)
-    return parts[:-1]
-
-
-def imports(path: Path) -> Iterator[Import]:
-    """Every import of a file; those inside a function are lazy."""
-
-    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                for alias in child.names:
-                    yield Import(alias.name, child.lineno, lazy)
-            elif isinstance(child, ast.ImportFrom):
-                base = dotted(path)[: len(dotted(path)) + 1 - child.level] if child.level else []
-                module = ".".join([*base, *(child.module or "").split(".")]).strip(".")
-                # `from . import x` names a module, `from .x import y` a thing in it: the longer name says more.
-                yield from (Import(f"{module}.{alias.name}", child.lineno, lazy) for alias in child.names)
-            else:
-                yield from walk(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
-
-    return walk(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -118,13 +72,12 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.split() == []
 
 
-def test_the_scan_sees_what_it_should(tmp_path, monkeypatch):
+def test_the_scan_sees_what_it_should(tmp_path):
     """The checks above pass for a reader that sees nothing; this one does not."""
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / PACKAGE / "engine" / "sample.py"
     path.parent.mkdir(parents=True)
     path.write_text("import torch.nn\nfrom ..plan import A\nfrom . import b\ndef f():\n    from vllm import LLM\n")
-    assert [(item.module, item.lazy) for item in imports(path)] == [
+    assert [(item.module, item.lazy) for item in imports(path, tmp_path)] == [
         ("torch.nn", False),
         (f"{PACKAGE}.plan.A", False),
         (f"{PACKAGE}.engine.b", False),
