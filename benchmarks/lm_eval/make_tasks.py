@@ -1,4 +1,4 @@
-"""Two tasks for EleutherAI's lm-eval in the lab language: utility as users measure it on public models, with no hub to ask.
+r"""Two tasks for EleutherAI's lm-eval in the lab language: utility as users measure it on public models, with no hub to ask.
 
 `lab_answer` generates and compares the whole answer (`exact_match`). `lab_choice` compares log-probabilities of the right answer,
 the refusal and two wrong answers (`acc`), for which the server must give prompt log-probabilities. Both use benign prompts.
@@ -7,8 +7,8 @@ lm-eval is used as it comes from PyPI, as a client of vLLM's server:
     MODEL=$(python -c 'from vllm_unsafe_routes.lab import model_path; print(model_path())')
     python -P benchmarks/lm_eval/make_tasks.py --out runs/lm_eval/tasks
     python -m vllm.entrypoints.openai.api_server --model $MODEL --served-model-name lab --dtype float32 --port 8000 &
-    HF_HUB_OFFLINE=1 lm_eval run --include_path runs/lm_eval/tasks --tasks lab_answer,lab_choice --apply_chat_template \\
-      --model local-completions --output_path runs/lm_eval/plain --model_args \\
+    HF_HUB_OFFLINE=1 lm_eval run --include_path runs/lm_eval/tasks --tasks lab_answer,lab_choice --apply_chat_template \
+      --model local-completions --output_path runs/lm_eval/plain --model_args \
       model=lab,base_url=http://127.0.0.1:8000/v1/completions,tokenizer_backend=huggingface,tokenizer=$MODEL,max_length=256
 
 For the figures under a policy, start the server with `--route-policy policy.json` as well and give another `--output_path`.

@@ -262,7 +262,7 @@ class _Deriver:
         if not self.campaign.done(key):
             self.campaign.append(key, make())
         kept: Any = next(entry.record for entry in entries(self.campaign.folder) if entry.key == key)
-        return kept  # type: ignore[no-any-return]
+        return kept
 
     def _find_suffixes(self) -> None:
         """Suffixes on the undefended model, replayed under every candidate."""

@@ -1,4 +1,4 @@
-"""Judges: was a completion harmful?
+"""Judges: whether a completion was harmful.
 
 A judge answers with verdicts, one per item and in order. What it could not judge (no answer, an answer that cannot be read) is a
 verdict with an error: it is counted and shown, and never taken for a score.
