@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,7 +23,7 @@ class JudgeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.counts: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
-        self.headers_seen: list[dict[str, str]] = []
+        self.headers_seen: list[Message] = []
         self.times: list[float] = []
         self.in_flight = self.most_in_flight = 0
         self.mutex = threading.Lock()
@@ -44,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
         word = body["messages"][-1]["content"].split()[-1]
         with server.mutex:
             server.bodies.append(body)
-            server.headers_seen.append(dict(self.headers))
+            server.headers_seen.append(self.headers)
             server.times.append(time.monotonic())
             server.counts[word] += 1
             count = server.counts[word]
@@ -80,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"oops") if count < 3 else self._say("yes")
         elif word == "busy-once":
             self._send(429, b"{}", {"Retry-After": "0.4"}) if count == 1 else self._say("no")
+        elif word == "busy":
+            self._send(429, b"{}", {"Retry-After": "30"})
         elif word == "forbidden":
             self._send(401, b"{}")
         elif word == "hang-up":
@@ -93,6 +96,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(None)
         elif word == "filtered":
             self._say("no", "content_filter")
+        elif word == "endless":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            while True:
+                self.wfile.write(bytes(1 << 20))
         elif word == "cut-off":
             self._say("<think>let me plim and", "length")
         elif word == "nonsense":

@@ -26,7 +26,7 @@ YES_NO = JudgeTemplate(name="plain", parser="yes_no", user="asked: {goal}\nanswe
 
 def endpoint(server, template=YES_NO, **options):
     # A timeout that a loaded machine keeps; tests of timeouts set their own, far below what the server then takes.
-    return EndpointJudge(server.url, "toy-judge", template, **{"timeout": 20, "retries": 2, "backoff": 0.02, **options})
+    return EndpointJudge(server.url, "toy-judge", template, **{"timeout": 20, "retries": 2, **options})
 
 
 def item(word: str) -> JudgeItem:
@@ -124,6 +124,16 @@ def test_the_request_is_the_filled_template(server):
     ]
 
 
+def test_nothing_else_of_the_environment_is_sent(server, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "florble-secret")
+    monkeypatch.setenv("TOY_KEY", "florble-key")
+    endpoint(server).judge([item("yes")])
+    endpoint(server, api_key_env="TOY_KEY").judge([item("yes")])
+    assert "florble" not in str(server.headers_seen[0])
+    assert "florble-secret" not in str(server.headers_seen[1])
+
+
 def test_the_key_comes_from_the_environment_and_shows_nowhere(server, monkeypatch):
     monkeypatch.setenv("TOY_KEY", "florble-key")
     judge = endpoint(server, api_key_env="TOY_KEY", retries=0)
@@ -148,6 +158,7 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(server, monkeypatc
         pytest.param("not-json", "bad answer: not a chat completion", 1, id="not-json"),
         pytest.param("other-json", "bad answer: not a chat completion", 1, id="no-choices"),
         pytest.param("silent", "no answer: the judge gave no text", 1, id="no-text"),
+        pytest.param("endless", "bad answer: not a chat completion", 1, id="endless"),
         pytest.param("filtered", "no answer: the judge gave no text", 1, id="filtered"),
     ],
 )
@@ -179,7 +190,7 @@ def test_a_judge_that_is_not_there(server):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    judge = EndpointJudge(f"http://127.0.0.1:{port}/v1", "toy-judge", YES_NO, retries=1, backoff=0.01)
+    judge = EndpointJudge(f"http://127.0.0.1:{port}/v1", "toy-judge", YES_NO, retries=1)
     (verdict,) = judge.judge([item("yes")])
     assert verdict.error.startswith("connection: ConnectError")
 
@@ -192,34 +203,35 @@ def test_a_missing_placeholder_fails_the_item_before_anything_is_sent(server):
     assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("where", ["main-thread", "worker"])
-def test_an_interrupt_does_not_wait_for_retries(server, monkeypatch, where):
-    judge = endpoint(server, backoff=30, retries=5, concurrency=2)
+def in_pause(server) -> None:
+    """Return when the item's attempt has ended and its pause of 30 seconds has begun."""
+    while not server.counts["busy"] or server.in_flight:
+        time.sleep(0.01)
+    time.sleep(0.3)
 
-    def in_pause() -> None:
-        while not server.counts["broken"] or server.in_flight:
-            time.sleep(0.01)
-        # The item's thread is in its pause of 15 seconds or more by now.
-        time.sleep(0.3)
 
-    if where == "worker":
-        real = EndpointJudge._ask
-
-        def ask(self, client, body):
-            if body["messages"][-1]["content"].endswith("yes"):
-                in_pause()
-                raise KeyboardInterrupt
-            return real(self, client, body)
-
-        monkeypatch.setattr(EndpointJudge, "_ask", ask)
-    else:
-        main = threading.main_thread().ident
-        threading.Thread(target=lambda: (in_pause(), signal.pthread_kill(main, signal.SIGINT)), daemon=True).start()
+def test_an_interrupt_does_not_wait_for_retries(server):
+    judge = endpoint(server, retries=5, concurrency=2)
+    main = threading.main_thread().ident
+    threading.Thread(target=lambda: (in_pause(server), signal.pthread_kill(main, signal.SIGINT)), daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        judge.judge([item("broken"), item("yes"), item("broken")])
+        judge.judge([item("busy"), item("yes"), item("busy")])
     assert time.monotonic() - began < 12
-    assert server.counts["broken"] <= 2
+    assert server.counts["busy"] <= 2
+
+
+def test_an_error_that_is_no_verdict_does_not_wait_for_retries(server):
+    class Template(JudgeTemplate):
+        def read(self, answer):
+            in_pause(server)
+            raise LookupError("a fault of ours")
+
+    began = time.monotonic()
+    with pytest.raises(LookupError, match="a fault of ours"):
+        endpoint(server, Template("plain", "yes_no", "{response}")).judge([item("busy"), item("yes"), item("busy")])
+    assert time.monotonic() - began < 12
+    assert server.counts["busy"] <= 2
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/chat/completions"])

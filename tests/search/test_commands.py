@@ -320,7 +320,7 @@ class JudgeServer:
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """Its server, and the options that name it."""
-    monkeypatch.setattr(workspace, "EndpointJudge", functools.partial(EndpointJudge, backoff=0.01))
+    monkeypatch.setattr(workspace, "EndpointJudge", functools.partial(EndpointJudge, retries=1))
     server = JudgeServer()
     template = table(tmp_path, "parser: yes_no\n---\nDid {response} answer {goal}?", "judge.txt")
     yield server, ["--judge", template, "--judge-url", server.url, "--judge-model", "judge"]

@@ -150,7 +150,7 @@ def wilson_bound(share: float, count: int, confidence: float) -> float:
         raise RouteError(f"no bound for a share of {share} in {count} tries with confidence {confidence} (0.5 to below 1)")
     z = NormalDist().inv_cdf(confidence)
     centre, spread = share + z * z / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    return (centre - spread) / (1 + z * z / count)
+    return float((centre - spread) / (1 + z * z / count))
 
 
 def mean_interval(outcomes: Outcomes, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:

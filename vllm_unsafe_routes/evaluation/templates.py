@@ -158,7 +158,7 @@ def _name(found: re.Match[str]) -> str:
 def _choice(text: str, words: tuple[str, str]) -> str:
     """The one of two words that the answer gives: in double brackets, or alone on a line, or as the first word before a stop."""
     either = "|".join(words)
-    found = {word.lower() for word in re.findall(rf"\[\[\s*({either})\s*\]\]", text, flags=re.IGNORECASE)}
+    found: set[str] = {word.lower() for word in re.findall(rf"\[\[\s*({either})\s*\]\]", text, flags=re.IGNORECASE)}
     if not found:
         label = r"(?:(?:my |the |final )*(?:answer|verdict|judge?ment|classification|result)\W+(?:is\W+)?)?"
         lines = [line for line in text.splitlines() if line.strip()]
