@@ -127,7 +127,7 @@ def _is_moe_layer(layer: int, get: Any) -> bool:
         return bool(layer in explicit)
     layer_types = get("mlp_layer_types")
     if layer_types is not None:  # transformers 5 writes this for Qwen and GLM families
-        return layer_types[layer] != "dense"
+        return bool(layer_types[layer] != "dense")
     if layer in (get("mlp_only_layers") or ()):  # Qwen2-MoE, Qwen3-MoE
         return False
     step = get("interleave_moe_layer_step") or get("decoder_sparse_step") or 1
@@ -138,4 +138,4 @@ def _is_moe_layer(layer: int, get: Any) -> bool:
     frequency = get("moe_layer_freq", 1)
     if isinstance(frequency, list | tuple):
         return bool(frequency[layer])
-    return layer % int(frequency) == 0
+    return bool(layer % int(frequency) == 0)

@@ -9,7 +9,6 @@ CLASSES, FUNCTIONS = house.all_definitions()
 # What was over a limit when the limits came, with its size then. Entries only shrink, and go when the limit holds; none is added.
 LONG_CLASSES = {
     "RouteController": 480,
-    "RoutePlan": 298,
     "_Deriver": 257,
     "Campaign": 238,
     "RouteAdmission": 220,
@@ -26,7 +25,7 @@ LONG_FUNCTIONS = {
     "replace_policy": 67,
     "bind_routers": 61,
 }
-WIDE_FUNCTIONS = {"attack_search": 12, "_run_phase": 11, "EndpointJudge.__init__": 10, "matrix_column": 9}
+WIDE_FUNCTIONS = {"attack_search": 12, "_run_phase": 11, "matrix_column": 9}
 CYCLES = [["engine.plugin", "engine.worker"]]
 UPWARD = ["evaluation.artifacts -> campaign", "search.rules -> study.records"]
 
