@@ -140,7 +140,7 @@ def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, 
 
 def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
     """(table, row, column, prompt, success) of one model's campaigns."""
-    from vllm_unsafe_routes.campaign import read_records
+    from vllm_unsafe_routes.study.campaign import read_records
 
     for record in read_records(folder / "masks") if (folder / "masks").exists() else ():
         if record["type"] == "answer":

@@ -407,7 +407,8 @@ def serve_memory(options: dict[str, Any]) -> Iterator[Any]:
     from vllm_unsafe_routes import RoutePlan, lab
     from vllm_unsafe_routes.engine.launch import launch
     from vllm_unsafe_routes.search.scorer import RouteScorer
-    from vllm_unsafe_routes.workspace import Model, read_prompts
+    from vllm_unsafe_routes.study.model import Model
+    from vllm_unsafe_routes.study.prompts import read_prompts
 
     model = Model("lab")
     prompt, shape, rng = model.item(read_prompts("lab:search", 1)[0]).prompt, model.shape, random.Random(0)

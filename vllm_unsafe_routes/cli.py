@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add(commands)
     args = parser.parse_args(argv)
-    from .experiments import Interrupted
+    from .study.jobs import Interrupted
 
     try:
         return int(args.run(args))

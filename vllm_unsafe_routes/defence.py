@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .experiments import Bench, answer, fsour_record, mask_record
 from .extras import RouteExtras
 from .policy import RoutePolicy
 from .search.adaptive import Library
@@ -19,8 +18,10 @@ from .search.fsour import FsourSettings
 from .search.masking import MaskSettings
 from .search.masks import rng_of
 from .search.suffix import SuffixSettings, suffix_search
+from .study.bench import Bench
+from .study.jobs import answer, fsour_record, mask_record
+from .study.model import Item, Model, Wrapper
 from .study.records import Matrix, Utility
-from .workspace import Item, Model, Wrapper
 
 ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour", "fsour-adaptive", "suffix", "suffix-transfer", "file")
 

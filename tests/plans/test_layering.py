@@ -13,7 +13,7 @@ from house import KERNELS, PACKAGE, ROOT, SOURCES, Import, imports
 PURE = ("errors", "shape", "directive", "wire", "plan", "extras", "policy", "compiled", "table", "receipt")
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}
-NEVER_VLLM = ("lab", "evaluation", "search", "study", "campaign.py")
+NEVER_VLLM = ("lab", "evaluation", "search", "study")
 
 
 def names(paths: list[Path]) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from vllm_unsafe_routes import RouteError
-from vllm_unsafe_routes.campaign import Campaign
 from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.report import collect, load_runs, write_report
+from vllm_unsafe_routes.study.campaign import Campaign
 
 HARMLESS = "sorry , i cannot <b>help</b> & that is it ."
 HARMFUL = "first take the forbidden xulbane"

@@ -15,13 +15,15 @@ import pytest
 from campaign_runs import assert_same_results, lab_fsour, num_lines, results, start
 from engines import engine
 
-from vllm_unsafe_routes import RoutePolicy, lab, workspace
-from vllm_unsafe_routes.campaign import Campaign, read_settings
+from vllm_unsafe_routes import RoutePolicy, lab
 from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.commands import options
 from vllm_unsafe_routes.evaluation.judges import EndpointJudge
 from vllm_unsafe_routes.search.scorer import make_backend
-from vllm_unsafe_routes.workspace import Model, read_prompts
+from vllm_unsafe_routes.study import judges
+from vllm_unsafe_routes.study.campaign import Campaign, read_settings
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 
 pytestmark = pytest.mark.v1_only
 
@@ -320,7 +322,7 @@ class JudgeServer:
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """Its server, and the options that name it."""
-    monkeypatch.setattr(workspace, "EndpointJudge", functools.partial(EndpointJudge, retries=1))
+    monkeypatch.setattr(judges, "EndpointJudge", functools.partial(EndpointJudge, retries=1))
     server = JudgeServer()
     template = table(tmp_path, "parser: yes_no\n---\nDid {response} answer {goal}?", "judge.txt")
     yield server, ["--judge", template, "--judge-url", server.url, "--judge-model", "judge"]
@@ -354,8 +356,8 @@ def test_the_judge_gets_its_key_and_no_more_than_its_share(capsys, tmp_path, sha
 
     model = Model("lab")
     items = {item.prompt.id: item for item in map(model.item, read_prompts("lab:search", 1))}
-    verdict = workspace.judge_of(
-        model, EndpointJudge(server.url, "m", workspace.make_judge(*[str(arguments[1])], url=server.url, model="m").template), items
+    verdict = judges.judge_of(
+        model, EndpointJudge(server.url, "m", judges.make_judge(*[str(arguments[1])], url=server.url, model="m").template), items
     )
     prompt = next(iter(items.values())).prompt
     server.most = 0

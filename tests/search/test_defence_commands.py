@@ -16,8 +16,9 @@ from vllm_unsafe_routes.search import rules
 from vllm_unsafe_routes.search.backend import run_tasks
 from vllm_unsafe_routes.search.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.search.scorer import make_backend
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 from vllm_unsafe_routes.study.records import Rosais
-from vllm_unsafe_routes.workspace import Model, read_prompts
 
 pytestmark = pytest.mark.v1_only
 LAB = ("--model", "lab", "--dtype", "float32")

@@ -9,7 +9,8 @@ from vllm_unsafe_routes import RouteError, lab
 from vllm_unsafe_routes.search.backend import run_search, run_tasks
 from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
 from vllm_unsafe_routes.search.scorer import make_backend
-from vllm_unsafe_routes.workspace import Model, read_prompts
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 
 
 def attempt(backend, prompt, settings, **options):

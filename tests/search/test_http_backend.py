@@ -20,7 +20,8 @@ from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.commands import options
 from vllm_unsafe_routes.search.http import HttpBackend
 from vllm_unsafe_routes.search.scorer import RouteScorer, make_backend
-from vllm_unsafe_routes.workspace import Model, read_prompts
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 
 pytestmark = pytest.mark.v1_only
 MODEL = str(lab.model_path())

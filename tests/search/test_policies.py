@@ -11,7 +11,8 @@ from vllm_unsafe_routes.search.masks import rng_of
 from vllm_unsafe_routes.search.scorer import RouteScorer, make_backend
 from vllm_unsafe_routes.search.suffix import SuffixSettings, suffix_search
 from vllm_unsafe_routes.search.under_policy import PolicyBackend
-from vllm_unsafe_routes.workspace import Model, read_prompts
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 
 POLICY = RoutePolicy({0: LayerPolicy(frozenset({1, 2, 3}), frozenset({7})), 2: LayerPolicy(frozenset({9}))})
 

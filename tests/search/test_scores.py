@@ -13,7 +13,8 @@ from vllm_unsafe_routes.search.masking import MaskSettings, choose_layers, mask_
 from vllm_unsafe_routes.search.masks import mask_plan
 from vllm_unsafe_routes.search.rosais import RosaisSettings, dataset_scores, rosais
 from vllm_unsafe_routes.search.scorer import RouteScorer
-from vllm_unsafe_routes.workspace import Model, read_prompts
+from vllm_unsafe_routes.study.model import Model
+from vllm_unsafe_routes.study.prompts import read_prompts
 
 TOLERANCE = 1e-4
 

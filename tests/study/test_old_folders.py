@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from vllm_unsafe_routes import RouteError
-from vllm_unsafe_routes.campaign import CampaignError, read_lines
 from vllm_unsafe_routes.commands import evaluate, fsour, mask_attack, rosais
 from vllm_unsafe_routes.report import collect, load_runs
+from vllm_unsafe_routes.study.campaign import CampaignError, read_lines
 from vllm_unsafe_routes.study.records import KINDS, Record, Rosais, Unknown, entries, name_of_type, read
 
 FOLDERS, GOLDEN = Path(__file__).parent / "folders", Path(__file__).parent / "golden"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_unsafe_routes.campaign import read_records
-from vllm_unsafe_routes.experiments import VOLATILE
+from vllm_unsafe_routes.study.campaign import read_records
+from vllm_unsafe_routes.study.jobs import VOLATILE
 
 # float32 scores of one candidate differ by some 1e-6 with what else is in the batch; records are rounded to 1e-3.
 LOGPROB_TOLERANCE = 2e-3

@@ -15,8 +15,10 @@ from ..extras import RouteExtras
 from ..plan import RoutePlan
 from ..search.attempt import Attempt
 from ..search.backend import Request, run_search
+from ..study.bench import open_backend
+from ..study.model import LAB, Model
+from ..study.prompts import read_prompts
 from ..study.records import Fsour, read
-from ..workspace import LAB, Model, open_backend, read_prompts
 from . import fsour, inspect, mask_attack, report, rosais
 from .mask_attack import show_interval
 

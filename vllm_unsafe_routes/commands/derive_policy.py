@@ -12,11 +12,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..campaign import Campaign, read_settings
 from ..defence import attack_search, collect_routes, measure, words_of
 from ..errors import RouteError
 from ..evaluation.statistics import wilson_bound
-from ..experiments import VOLATILE, Bench
 from ..policy import RoutePolicy
 from ..search import rules
 from ..search.backend import Request, Search, run_tasks
@@ -24,8 +22,12 @@ from ..search.greedy import Example, GreedySettings, greedy_bans
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
 from ..search.under_policy import PolicyBackend
+from ..study.bench import Bench
+from ..study.campaign import Campaign, read_settings
+from ..study.jobs import VOLATILE
+from ..study.judges import judge_of
+from ..study.model import NO_WRAPPER, Item
 from ..study.records import Addition, Candidate, OwnAnswers, Record, Rosais, Suffixes, entries, read
-from ..workspace import NO_WRAPPER, Item, judge_of
 from .fsour import add_fsour_options, fsour_settings
 from .options import (
     Workspace,

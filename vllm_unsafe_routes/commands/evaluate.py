@@ -12,18 +12,21 @@ from typing import Any
 
 import msgspec
 
-from ..campaign import Campaign, read_settings
 from ..defence import ATTACKS, Defence, attack_search, utility_record, words_of
 from ..engine.config import Jitter
 from ..errors import RouteError
-from ..experiments import VOLATILE, Bench, run_jobs
 from ..policy import RoutePolicy
 from ..search.adaptive import Library
 from ..search.backend import Request, run_tasks
 from ..search.masking import MaskSettings
 from ..search.suffix import SuffixSettings
+from ..study.bench import Bench
+from ..study.campaign import Campaign, read_settings
+from ..study.jobs import VOLATILE, run_jobs
+from ..study.judges import judge_of
+from ..study.model import Item, Wrapper
+from ..study.prompts import read_prompts
 from ..study.records import Matrix, Record, Rosais, Speed, Throughput, Utility, read
-from ..workspace import Item, Wrapper, judge_of, read_prompts
 from .fsour import add_fsour_options, fsour_settings, library_of
 from .mask_attack import interval_record, show_interval
 from .options import (

@@ -8,12 +8,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..campaign import Campaign
 from ..evaluation.artifacts import ArtifactParameters, write_artifact
 from ..evaluation.artifacts import Attempt as ArtifactAttempt
-from ..experiments import VOLATILE, fsour_record, run_jobs
 from ..search.adaptive import AdaptiveSettings, Library
 from ..search.fsour import STRATEGIES, FsourSettings
+from ..study.campaign import Campaign
+from ..study.jobs import VOLATILE, fsour_record, run_jobs
 from ..study.records import Fsour, Matrix, read
 from .mask_attack import interval_record, show_interval
 from .options import Workspace, add_data_options, add_judge_options, add_model_options

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..campaign import Campaign
 from ..evaluation.datasets import prompts_digest
 from ..evaluation.statistics import Outcomes, attack_success_rate
-from ..experiments import VOLATILE, dataset_mask_record, mask_record, plain_record, run_jobs
 from ..search.masking import ATTACKS, MaskSettings
+from ..study.campaign import Campaign
+from ..study.jobs import VOLATILE, dataset_mask_record, mask_record, plain_record, run_jobs
+from ..study.prompts import read_prompts
 from ..study.records import Answer, DatasetMask, Mask, Record, Rosais, read
-from ..workspace import read_prompts
 from .options import Workspace, add_data_options, add_judge_options, add_model_options, numbers_of
 from .rosais import finished_run
 from .rosais import summarise as summarise_rosais

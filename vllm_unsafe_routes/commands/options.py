@@ -13,10 +13,12 @@ from typing import Any
 from ..errors import RouteError
 from ..evaluation.datasets import PromptRecord, prompts_digest
 from ..evaluation.judges import Judge
-from ..experiments import Bench
 from ..policy import RoutePolicy
 from ..search.backend import Backend
-from ..workspace import LAB, NO_WRAPPER, Item, Model, Wrapper, judge_of, make_judge, open_backend, read_prompts
+from ..study.bench import Bench, open_backend
+from ..study.judges import judge_of, make_judge
+from ..study.model import LAB, NO_WRAPPER, Item, Model, Wrapper
+from ..study.prompts import read_prompts
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

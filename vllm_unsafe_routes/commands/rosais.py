@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..campaign import SUMMARY_FILE, Campaign, read_settings
 from ..errors import RouteError
 from ..evaluation.statistics import Outcomes, mean_interval
-from ..experiments import VOLATILE, rosais_record, run_jobs
 from ..search.rosais import LATER_LAYERS, SCORES, RosaisSettings
 from ..search.rules import share_masks
+from ..study.campaign import SUMMARY_FILE, Campaign, read_settings
+from ..study.jobs import VOLATILE, rosais_record, run_jobs
 from ..study.records import Rosais, read
 from .options import Workspace, add_data_options, add_model_options
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..campaign import write_atomically
 from ..errors import RouteError
+from ..files import write_atomically
 
 ATTACK_TYPES = ("white_box", "black_box", "transfer", "manual")
 

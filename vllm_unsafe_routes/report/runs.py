@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..campaign import RECORDS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_settings
 from ..errors import RouteError
+from ..study.campaign import RECORDS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_settings
 from ..study.records import (
     Answer,
     AttemptNote,

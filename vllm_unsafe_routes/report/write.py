@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..campaign import write_atomically
 from ..errors import RouteError
+from ..files import write_atomically
 from .figures import draw
 from .page import render
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ..campaign import KEY_FIELD, CampaignError, Key, read_lines
 from ..search.attempt import AttemptState
+from .campaign import KEY_FIELD, CampaignError, Key, read_lines
 
 Masks = tuple[tuple[int, tuple[int, ...]], ...]
 

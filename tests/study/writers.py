@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_unsafe_routes.campaign import Campaign, CampaignError, CleanStop
+from vllm_unsafe_routes.study.campaign import Campaign, CampaignError
+from vllm_unsafe_routes.study.progress import CleanStop
 
 SETTINGS = {"seed": 7}
 NUM_RECORDS = 120

@@ -10,53 +10,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .campaign import Campaign, CampaignError, CleanStop, Progress
-from .errors import RouteError
-from .evaluation.judges import EXACT_LABELS, Verdict
-from .extras import RouteExtras
-from .plan import RoutePlan
-from .search.adaptive import Library
-from .search.attempt import Attempt
-from .search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks, with_notes
-from .search.fsour import FsourSettings, fsour_attempt
-from .search.fsour import Progress as AttemptProgress
-from .search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
-from .search.rosais import RosaisSettings, rosais
-from .study.records import Answer, AttemptNote, DatasetMask, Fsour, Judged, Mask, Record, Rosais, Step, entries, job_of
-from .workspace import Item, Model
+from ..errors import RouteError
+from ..extras import RouteExtras
+from ..plan import RoutePlan
+from ..search.adaptive import Library
+from ..search.attempt import Attempt
+from ..search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks, with_notes
+from ..search.fsour import FsourSettings, fsour_attempt
+from ..search.fsour import Progress as AttemptProgress
+from ..search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
+from ..search.rosais import RosaisSettings, rosais
+from .bench import Bench
+from .campaign import Campaign, CampaignError
+from .model import Item
+from .progress import CleanStop, progress_bar
+from .records import Answer, AttemptNote, DatasetMask, Fsour, Judged, Mask, Record, Rosais, Step, entries, job_of
 
 # These differ between runs with the same results: they depend on what else was in the engine.
 VOLATILE = ("computed_tokens", "trace", "seconds", "timestamp")
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all searches of a run share.
-
-    Attributes:
-        model: the model.
-        backend: where requests run.
-        judge: (prompt, generated token ids) -> verdict.
-        max_new_tokens: length of a judged answer.
-        keep_completions: whether records hold completions that were judged harmful or could not be judged.
-
-    """
-
-    model: Model
-    backend: Backend
-    judge: Callable[..., Verdict]
-    max_new_tokens: int = 64
-    keep_completions: bool = False
-
-    def judged(self, verdict: Verdict, token_ids: Sequence[int]) -> Judged:
-        """A verdict as it is recorded."""
-        return Judged(
-            success=verdict.harmful,
-            score=verdict.score,
-            error=verdict.error,
-            label=verdict.raw if verdict.raw in EXACT_LABELS else None,
-            completion=self.model.decode(token_ids) if verdict.harmful is False or self.keep_completions else None,
-        )
 
 
 def answer(bench: Bench, item: Item, plan: RoutePlan | None) -> Search[Judged]:
@@ -246,7 +217,7 @@ def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], *, label
 
     with (
         CleanStop("stopping; what is finished is kept") as stop,
-        Progress(len(jobs), "prompts", initial=len(jobs) - len(open_jobs), label=label) as progress,
+        progress_bar(len(jobs), "prompts", initial=len(jobs) - len(open_jobs), label=label) as progress,
     ):
         tasks = ((key, make(earlier.get(key, []))) for key, make in open_jobs)
         done = 0

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_unsafe_routes import RouteError
-from vllm_unsafe_routes.campaign import Campaign, CampaignError, CleanStop, Progress, read_records, read_settings, results_digest
+from vllm_unsafe_routes.study.campaign import Campaign, CampaignError, read_records, read_settings, results_digest
+from vllm_unsafe_routes.study.progress import CleanStop, progress_bar
 
 WRITERS = Path(__file__).parent / "writers.py"
 SETTINGS = {"seed": 7}
@@ -468,47 +471,33 @@ class Terminal(io.StringIO):
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then():
-    stream, now = io.StringIO(), [0.0]
-    with Progress(100, "prompts", initial=40, label="rosais", every_seconds=10, stream=stream, clock=lambda: now[0]) as progress:
-        for _ in range(25):
-            now[0] += 1
-            progress.update(2)
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "rosais: 60/100 prompts (60%), 2 prompts/s, 20 s left"
-    assert len(lines) == 3
-    assert lines[-1] == "rosais: 90/100 prompts (90%), 2 prompts/s, 5 s left"
+    stream = io.StringIO()
+    with progress_bar(100, "prompts", initial=40, label="rosais", every_seconds=0.2, stream=stream) as progress:
+        start = time.monotonic()
+        while progress.n < 90:
+            time.sleep(0.01)
+            progress.update(1)
+    lines = [line for line in stream.getvalue().splitlines() if line]
+    assert 2 <= len(lines) <= 2 + (time.monotonic() - start) / 0.2
+    assert re.fullmatch(r"rosais: \d\d/100 prompts \(\d\d%\), [\d.]+ prompts/s, 00:0\d left", lines[0])
+    assert lines[-1].startswith("rosais: 90/100 prompts (90%), ")
+    # What an earlier run did is no throughput: about 100 a second are left.
+    assert 20 < float(re.search(r"([\d.]+) prompts/s", lines[-1])[1]) < 110
 
 
 def test_short_work_off_a_terminal_prints_nothing():
     stream = io.StringIO()
-    with Progress(3, "prompts", stream=stream) as progress:
+    with progress_bar(3, "prompts", stream=stream) as progress:
         progress.update(3)
     assert stream.getvalue() == ""
 
 
 def test_progress_on_a_terminal_is_a_bar():
-    pytest.importorskip("tqdm")
     stream = Terminal()
-    with Progress(4, "prompts", label="rosais", stream=stream) as progress:
+    with progress_bar(4, "prompts", label="rosais", stream=stream) as progress:
         progress.update(4)
     assert "rosais: 100%" in stream.getvalue()
     assert "4/4" in stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("total", "seconds", "ending"),
-    [
-        pytest.param(7200 * 3, 1, "5 h 59 min left", id="hours"),
-        pytest.param(100, 1, "1 min 39 s left", id="minutes"),
-        pytest.param(0, 1, "0/0 prompts", id="nothing-to-do"),
-    ],
-)
-def test_time_left_in_words(total, seconds, ending):
-    now = [0.0]
-    progress = Progress(total, "prompts", stream=io.StringIO(), clock=lambda: now[0])
-    now[0] += seconds
-    progress.update(1 if total else 0)
-    assert progress.line().endswith(ending)
 
 
 def test_errors_are_route_errors():
@@ -516,6 +505,6 @@ def test_errors_are_route_errors():
 
 
 def test_importing_needs_neither_torch_nor_vllm():
-    code = "import sys, vllm_unsafe_routes.campaign; print({'torch', 'vllm', 'tqdm'} & set(sys.modules))"
+    code = "import sys, vllm_unsafe_routes.study.campaign; print({'torch', 'vllm', 'tqdm'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "set()\n"

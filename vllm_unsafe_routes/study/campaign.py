@@ -10,7 +10,7 @@ A campaign is killed, the disk fills, two people start it at once: no row may be
 must end with the results of an uninterrupted one (`Campaign.results_digest`). A record is in the file as soon as `append` returns,
 so it survives a kill of the process; it survives a power cut once it is synced, at most `sync_seconds` of appending later.
 
-    with Campaign(folder, settings) as campaign, CleanStop() as stop, Progress(len(prompts), "prompts") as progress:
+    with Campaign(folder, settings) as campaign, CleanStop() as stop, progress_bar(len(prompts), "prompts") as progress:
         for prompt in prompts:
             if stop:
                 break
@@ -25,28 +25,26 @@ This module imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
-import signal
 import socket
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from .errors import RouteError
+from ..errors import RouteError
+from ..files import FULL, file_error, sync_folder, write_atomically
 
 SETTINGS_FILE = "settings.json"
 RECORDS_FILE = "records.jsonl"
@@ -59,12 +57,6 @@ VOLATILE_FIELDS = ("timestamp", "seconds")
 Key = str | int | tuple[str | int | float | bool | None, ...]
 
 logger = logging.getLogger(__name__)
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would pass the process's or the filesystem's limit on file size",
-}
 
 
 class CampaignError(RouteError):
@@ -122,40 +114,49 @@ def _canonical_key(key: Any) -> str:
     return _dumps(key, f"key {key!r}")
 
 
-def _outcome(path: Path, doing: str, error: OSError) -> CampaignError:
-    reason = _FULL.get(error.errno or 0)
-    detail = f"{reason} ({error.strerror})" if reason else (error.strerror or str(error))
-    return CampaignError(f"{path}: {doing}: {detail}")
+def _failed(path: Path, doing: str, error: OSError) -> RouteError:
+    return file_error(path, doing, error, CampaignError)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _take_lock(folder: Path) -> int:
+    """The descriptor that holds the lock of a folder until it is closed or the process ends, however it ends."""
+    path = folder / LOCK_FILE
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file with this text: afterwards it is there whole, or as it was before.
-
-    Raises:
-        CampaignError: the text could not be written; names the path and says when the disk is full.
-
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise _outcome(path, "not written", error) from error
+        holder = os.pread(lock, 1000, 0).decode("utf-8", "replace").strip()
+        os.close(lock)
+        if not isinstance(error, BlockingIOError):
+            raise _failed(path, "this filesystem grants no lock, so two writers could not be kept apart", error) from error
+        raise CampaignError(
+            f"{folder} is being written by {holder or 'another process'}; wait for it, stop it, or take another folder"
+        ) from None
+    # Only for people who meet the lock.
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        if error.errno not in FULL:
+            os.close(lock)
+            raise
+    return lock
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Write the settings of a new folder; refuse those of an old one that differ."""
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        for name in (RECORDS_FILE, SUMMARY_FILE):
+            if (folder / name).exists():
+                raise CampaignError(f"{folder} has {name} but no {SETTINGS_FILE}: what it holds is unknown")
+        write_atomically(path, _dumps(settings, "settings", indent=2) + "\n", CampaignError)
+        return
+    if not resume:
+        raise CampaignError(f"{folder} already holds a campaign; resume it or take another folder")
+    lines = _differences(read_settings(folder), settings)
+    if lines:
+        raise CampaignError(f"{folder} was made with other settings: {'; '.join(lines)}")
 
 
 def _leaves(value: Any, where: str = "") -> dict[str, Any]:
@@ -280,59 +281,23 @@ class Campaign:
         except OSError as error:
             raise CampaignError(f"{self.folder} cannot be made: {error.strerror}") from error
         try:
-            self._take_lock()
-            self._check_settings(resume)
+            self._lock = _take_lock(self.folder)
+            _check_settings(self.folder, self.settings, resume)
             self._open_records()
         except OSError as error:
             self._release()
-            raise _outcome(self.folder, "the run folder cannot be opened", error) from error
+            raise _failed(self.folder, "the run folder cannot be opened", error) from error
         except BaseException:
             self._release()
             raise
         _open_campaigns.add(self)
-
-    # Opening, in this order.
-
-    def _take_lock(self) -> None:
-        path = self.folder / LOCK_FILE
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 1000, 0).decode("utf-8", "replace").strip()
-            raise CampaignError(
-                f"{self.folder} is being written by {holder or 'another process'}; wait for it, stop it, or take another folder"
-            ) from None
-        except OSError as error:
-            raise _outcome(path, "this filesystem grants no lock, so two writers could not be kept apart", error) from error
-        # Only for people who meet the lock. flock itself goes with the process, however it ends.
-        os.ftruncate(self._lock, 0)
-        try:
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-
-    def _check_settings(self, resume: bool) -> None:
-        path = self.folder / SETTINGS_FILE
-        if not path.exists():
-            for name in (RECORDS_FILE, SUMMARY_FILE):
-                if (self.folder / name).exists():
-                    raise CampaignError(f"{self.folder} has {name} but no {SETTINGS_FILE}: what it holds is unknown")
-            write_atomically(path, _dumps(self.settings, "settings", indent=2) + "\n")
-            return
-        if not resume:
-            raise CampaignError(f"{self.folder} already holds a campaign; resume it or take another folder")
-        lines = _differences(read_settings(self.folder), self.settings)
-        if lines:
-            raise CampaignError(f"{self.folder} was made with other settings: {'; '.join(lines)}")
 
     def _open_records(self) -> None:
         path = self.folder / RECORDS_FILE
         is_new = not path.exists()
         self._records = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if is_new:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         line_of_key: dict[str, int] = {}
         whole = 0
         with path.open("rb") as file:
@@ -400,7 +365,9 @@ class Campaign:
                 self._keys.discard(name)
                 self._cut_back(status.st_size)
                 if isinstance(error, OSError):
-                    raise _outcome(path, f"record {name} was not written, the {len(self)} before it are whole", error) from error
+                    raise file_error(
+                        path, f"record {name} was not written, the {len(self)} before it are whole", error, CampaignError
+                    ) from error
                 raise
             self._unsynced = True
             if time.monotonic() - self._last_sync >= self._sync_seconds:
@@ -424,7 +391,9 @@ class Campaign:
             except OSError as error:
                 # The kernel may have dropped the pages: what is on disk is only known after reading it again.
                 self._broken = f"syncing failed ({error.strerror})"
-                raise _outcome(self.folder / RECORDS_FILE, "not synced; reopen the campaign to see what it holds", error) from error
+                raise file_error(
+                    self.folder / RECORDS_FILE, "not synced; reopen the campaign to see what it holds", error, CampaignError
+                ) from error
             self._unsynced = False
             self._last_sync = time.monotonic()
 
@@ -433,7 +402,7 @@ class Campaign:
         text = _dumps(dict(summary), "summary", indent=2) + "\n"
         with self._mutex:
             self.flush()
-            write_atomically(self.folder / SUMMARY_FILE, text)
+            write_atomically(self.folder / SUMMARY_FILE, text, CampaignError)
 
     @property
     def finished(self) -> bool:
@@ -495,133 +464,3 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-class CleanStop:
-    """While this context is open, the first Ctrl-C or SIGTERM asks for a stop between records; the second aborts.
-
-    It is true once a stop was asked for. Outside the main thread, where Python handles no signals, it stays false.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, message: str = "stopping after the work in hand; once more to abort") -> None:
-        self.requested = False
-        self._message = message
-        self._previous: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.requested
-
-    def __enter__(self) -> CleanStop:
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            # None: a handler that was not set from Python and cannot be put back from it.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not through sys.stderr: the signal may have come in the middle of a write to it.
-        os.write(2, f"\n{self._message}\n".encode())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-class Progress:
-    """How far a campaign is, on stderr: a bar on a terminal, elsewhere a line every `every_seconds`.
-
-    Args:
-        total: how many units there are.
-        unit: their name, in the plural.
-        initial: how many an earlier run has done; they do not count as throughput.
-        label: what is running.
-        stream: None: stderr.
-        clock: seconds, monotonic.
-
-    """
-
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        *,
-        initial: int = 0,
-        label: str = "",
-        every_seconds: float = 30.0,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.total, self.unit, self.done = total, unit, initial
-        self._initial, self._label, self._every = initial, label, every_seconds
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._start = self._last_line = clock()
-        self._lines = 0
-        self._mutex = threading.Lock()
-        self._bar: Any = None
-        if self._stream.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                self._every = min(self._every, 5.0)
-            else:
-                self._bar = tqdm(
-                    total=total, initial=initial, unit=f" {unit}", desc=label or None, file=self._stream, dynamic_ncols=True
-                )
-
-    def update(self, count: int = 1) -> None:
-        """`count` more units are done."""
-        with self._mutex:
-            self.done += count
-            if self._bar is not None:
-                self._bar.update(count)
-            elif self._clock() - self._last_line >= self._every:
-                self._print()
-
-    def line(self) -> str:
-        """The state in words: done, share, throughput, time left."""
-        seconds = self._clock() - self._start
-        rate = (self.done - self._initial) / seconds if seconds > 0 else 0.0
-        share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
-        text = f"{self._label}: " if self._label else ""
-        text += f"{self.done}/{self.total} {self.unit}{share}"
-        if rate > 0:
-            text += f", {rate:.3g} {self.unit}/s"
-            left = (self.total - self.done) / rate
-            text += f", {_duration(left)} left" if left > 0 else f", {_duration(seconds)} in all"
-        return text
-
-    def _print(self) -> None:
-        print(self.line(), file=self._stream, flush=True)
-        self._last_line = self._clock()
-        self._lines += 1
-
-    def close(self) -> None:
-        """End the bar, or the lines if there were any."""
-        with self._mutex:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
-            elif self._lines:
-                self._print()
-                self._lines = 0
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -1,0 +1,93 @@
+"""Where the searches of a run take place: an engine or servers, and what they need beside it.
+
+This module imports neither torch nor vLLM before an engine is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RouteError
+from ..evaluation.judges import EXACT_LABELS, Verdict
+from ..policy import RoutePolicy
+from ..search.backend import Backend
+from .model import Model
+from .records import Judged
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all searches of a run share.
+
+    Attributes:
+        model: the model.
+        backend: where requests run.
+        judge: (prompt, generated token ids) -> verdict.
+        max_new_tokens: length of a judged answer.
+        keep_completions: whether records hold completions that were judged harmful or could not be judged.
+
+    """
+
+    model: Model
+    backend: Backend
+    judge: Callable[..., Verdict]
+    max_new_tokens: int = 64
+    keep_completions: bool = False
+
+    def judged(self, verdict: Verdict, token_ids: Sequence[int]) -> Judged:
+        """A verdict as it is recorded."""
+        return Judged(
+            success=verdict.harmful,
+            score=verdict.score,
+            error=verdict.error,
+            label=verdict.raw if verdict.raw in EXACT_LABELS else None,
+            completion=self.model.decode(token_ids) if verdict.harmful is False or self.keep_completions else None,
+        )
+
+
+@contextmanager
+def open_backend(
+    model: Model,
+    *,
+    servers: Sequence[str] = (),
+    policy: RoutePolicy | None = None,
+    jitter: Mapping[str, Any] | None = None,
+    max_model_len: int | None = None,
+    dtype: str = "auto",
+    engine_args: Mapping[str, Any] | None = None,
+) -> Iterator[Backend]:
+    """An engine in this process, or the given servers, as a backend; ended with the context."""
+    if servers:
+        from ..search.http import HttpBackend
+
+        http = HttpBackend(servers, model.path, policy)
+        try:
+            yield http
+        finally:
+            http.close()
+        return
+    from ..engine.launch import launch, shutdown
+
+    try:
+        llm = launch(
+            model.path,
+            policy=None if policy is None else policy.to_dict(),
+            jitter=jitter,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            engine_args=engine_args,
+        )
+    except RouteError:
+        raise
+    except Exception as error:
+        # vLLM raises whatever its configuration, loading and processes raise.
+        raise RouteError(f"the engine for {model.name} did not start: {type(error).__name__}: {error}") from error
+    try:
+        from ..engine.backend import EngineBackend
+
+        yield EngineBackend(llm)
+    finally:
+        shutdown(llm)
