@@ -28,12 +28,12 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What may import what: a module imports from its own row and from rows above, never from rows below. Of several prefixes that fit a
 # module, the longest counts.
 LAYERS = (
-    ("errors",),
+    ("errors", "files"),
     ("shape", "directive", "wire", "plan", "policy", "extras", "receipt", "compiled", "compiler", "table", "kernels"),
     ("search.backend", "evaluation", "lab"),
     ("search", "engine"),
-    ("workspace", "campaign", "study"),
-    ("experiments", "defence"),
+    ("study",),
+    ("defence",),
     ("report",),
     ("commands",),
     ("cli", "commands.main"),

@@ -231,6 +231,22 @@ def read_records(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     return (record for _, record in read_lines(folder))
 
 
+def _keys_of(path: Path) -> tuple[set[str], int]:
+    """The keys of the whole records in a file, and the bytes that these records take."""
+    line_of_key: dict[str, int] = {}
+    whole = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            key = _canonical_key(_parse(line, path, number)[KEY_FIELD])
+            if key in line_of_key:
+                raise CampaignError(f"{path}, line {number}: key {key} is already on line {line_of_key[key]}")
+            line_of_key[key] = number
+            whole += len(line)
+    return set(line_of_key), whole
+
+
 def _without(value: Any, names: frozenset[str]) -> Any:
     if isinstance(value, Mapping):
         return {name: _without(item, names) for name, item in value.items() if name not in names}
@@ -298,18 +314,7 @@ class Campaign:
         self._records = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if is_new:
             sync_folder(self.folder)
-        line_of_key: dict[str, int] = {}
-        whole = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                key = _canonical_key(_parse(line, path, number)[KEY_FIELD])
-                if key in line_of_key:
-                    raise CampaignError(f"{path}, line {number}: key {key} is already on line {line_of_key[key]}")
-                line_of_key[key] = number
-                whole += len(line)
-        self._keys = set(line_of_key)
+        self._keys, whole = _keys_of(path)
         size = os.fstat(self._records).st_size
         if size > whole:
             # A line counts once its newline is written, so this record was never reported as done.
