@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo test test-long lint house bench lab-results clean
+.PHONY: help setup demo test test-long lint house bench lab-results gpu-archive clean
 
 help:
 	@echo "make demo       RoSais, masking, F-SOUR and a report on the lab model, in the real vLLM engine (sets everything up first)"
@@ -17,7 +17,8 @@ help:
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in README.md and docs/defence.md (an hour or two)"
 	@echo "make bench      what route control costs in serving, and how fast candidates are scored; rewrites benchmarks/results"
-	@echo "                and the README's tables; wants the machine for itself (about 20 minutes)"
+	@echo "                and the tables in README.md and docs/; wants the machine for itself (about 20 minutes)"
+	@echo "make gpu-archive  the engine for a GPU host without a network, build/engine.tar.xz (docs/gpu.md)"
 
 setup: $(STAMP)
 
@@ -85,7 +86,7 @@ house: setup
 
 bench: setup
 	rm -rf runs/bench
-	$(BIN)/python benchmarks/policy_serving.py --out benchmarks/results/policy_serving_cpu.csv
+	$(BIN)/python benchmarks/policy_serving.py
 	$(BIN)/python benchmarks/serving_cost.py
 	$(BIN)/python benchmarks/search_speed.py --memory
 	$(BIN)/python benchmarks/search_speed.py --threads 1,2
@@ -94,6 +95,9 @@ bench: setup
 lab-results: setup
 	$(BIN)/python benchmarks/lab_results.py
 	$(BIN)/python benchmarks/tables.py
+
+gpu-archive: setup
+	$(BIN)/python benchmarks/pack_engine.py
 
 clean:
 	rm -rf $(VENV)

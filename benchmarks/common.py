@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -91,9 +91,20 @@ class Run:
         """Seconds until the deadline, at least one."""
         return max(1.0, self.deadline - time.monotonic())
 
-    def wants(self, name: str) -> bool:
-        """Whether a check, shape or workload was asked for."""
-        return not self.only or any(name.startswith(item) for item in self.only)
+    def told(self) -> dict[str, Any]:
+        """JSON form, for a child."""
+        return {**asdict(self), "out": str(self.out), "scratch": str(self.scratch)}
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Run:
+        """The run that a child was told."""
+        return cls(**{**told, "out": Path(told["out"]), "scratch": Path(told["scratch"])})
+
+    def wanted(self, names: Iterable[str]) -> list[str]:
+        """Which of the checks, shapes or workloads were asked for, in that order; all of them if none was named."""
+        names = list(names)
+        found = [name for item in self.only for name in names if name.startswith(item)]
+        return list(dict.fromkeys(found)) if self.only else names
 
 
 def parser(description: str | None, rounds: int = 1) -> argparse.ArgumentParser:

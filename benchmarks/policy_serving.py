@@ -6,82 +6,46 @@ alike. The figure is the ratio within a round; the median over rounds and the ra
 seconds that a server used for the load (on a CPU machine they say what a policy costs even where other work shares the cores).
 Before anything is timed, each server must say of a request which policy it ran under.
 
-    python benchmarks/policy_serving.py --rounds 9 --out benchmarks/results/policy_serving_cpu.csv
-    python benchmarks/policy_serving.py --dry-run         # tiny shape, two rounds, checks only, nothing written
+    python benchmarks/policy_serving.py
+    python benchmarks/policy_serving.py --rehearse        # tiny shape, two rounds: checks only
 
-The model has the OLMoE shape with random weights: 8 layers, 64 experts, top 8, hidden size 512, bfloat16; its tokenizer is the lab
-model's, because `bench serve` sends text.
+The model has the OLMoE shape with 8 layers and hidden size 512, random weights, bfloat16; its tokenizer is the lab model's, because
+`bench serve` sends text.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import io
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+from common import ROOT, Results, Rows, engine_environment, markdown, parser, rotated, rounds, run_of, spread, where
+from shapes import config_of, make_model
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("none", "policy")
 # Requests, most at one time, prompt tokens, generated tokens.
 LOAD, TINY_LOAD = (24, 8, 96, 32), (4, 2, 16, 4)
 # The names are those of `bench serve`; CPU seconds are ours.
 FIGURES = ("total_token_throughput", "output_throughput", "mean_ttft_ms", "mean_itl_ms", "mean_tpot_ms", "cpu_seconds")
-FACTS = ("date", "commit", "device", "torch", "vllm", "requests", "concurrency", "prompt_tokens", "generated_tokens")
-COLUMNS = (*FACTS, "round", "position", "variant", "duration_s", *FIGURES)
 BANNED = [1, 2, 3, 4]
-
-
-def make_model(folder: Path, tiny: bool) -> int:
-    """Save a random model of the OLMoE shape with the lab model's tokenizer; returns its number of layers."""
-    import torch
-    import transformers
-
-    lab = ROOT / "vllm_unsafe_routes" / "lab" / "model"
-    vocab_size = json.loads((lab / "config.json").read_text())["vocab_size"]
-    num_layers, hidden, experts, top_k = (2, 64, 16, 4) if tiny else (8, 512, 64, 8)
-    heads = hidden // 32 if tiny else 8
-    config = transformers.OlmoeConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=512,
-        num_hidden_layers=num_layers,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        hidden_size=hidden,
-        intermediate_size=hidden // 2,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(lab / name, folder / name)
-    return num_layers
 
 
 class Server:
     """One variant's server, on a port of its own."""
 
-    def __init__(self, model: Path, variant: str, policy: Path, log: Path) -> None:
+    def __init__(self, model: Path, variant: str, policy: Path, log: Path, env: dict[str, str]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -92,11 +56,8 @@ class Server:
         command += ["--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "64"]
         if variant == "policy":
             command += ["--route-policy", str(policy)]
-        env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-        # One thread each: two servers share the cores, and threads that wait for one another spin.
-        env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with log.open("w") as stream:
-            self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
+            self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env})
 
     def wait(self) -> None:
         """Until it answers, and what it answers says that it runs what it should."""
@@ -116,6 +77,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """CPU time of the server's processes so far."""
+
         root = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
         return sum(item.user + item.system for item in times)
@@ -167,81 +129,56 @@ def run_load(server: Server, model: Path, load: tuple[int, int, int, int], seed:
     return result
 
 
-def facts(load: tuple[int, int, int, int]) -> dict[str, Any]:
-    """What a figure cannot be read without."""
-    import torch
-    import vllm
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    values = (datetime.now(UTC).strftime("%Y-%m-%d"), commit.stdout.strip(), device, torch.__version__, vllm.__version__, *load)
-    return dict(zip(FACTS, values, strict=True))
-
-
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown table: medians of both variants, and median and range of the ratio within a round."""
-    lines = ["| figure | without | with a policy | ratio, median (range) |", "|---|---|---|---|"]
+def table(rows: Rows) -> str:
+    """Medians of both variants, and median and range of the ratio within a round."""
+    lines = []
     for figure in FIGURES:
-        by_round: dict[int, dict[str, float]] = {}
+        by_round: dict[Any, dict[str, float]] = {}
         for row in rows:
-            by_round.setdefault(row["round"], {})[row["variant"]] = row[figure]
-        ratios = [pair["policy"] / pair["none"] for pair in by_round.values()]
-        medians = [statistics.median(pair[variant] for pair in by_round.values()) for variant in VARIANTS]
-        lines.append(
-            f"| {figure} | {medians[0]:.1f} | {medians[1]:.1f} "
-            f"| {statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f}) |"
-        )
-    return "\n".join(lines)
+            by_round.setdefault(row["round"], {})[row["variant"]] = float(row[figure])
+        pairs = [pair for pair in by_round.values() if len(pair) == len(VARIANTS)]
+        medians = [f"{statistics.median(pair[variant] for pair in pairs):.1f}" for variant in VARIANTS]
+        lines.append([figure, *medians, spread([pair["policy"] / pair["none"] for pair in pairs], 3, 2)])
+    return f"{markdown(['figure', 'without', 'with a policy', 'ratio, median (range)'], lines)}\n\n{where(rows[0])}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds after one warm-up round")
-    parser.add_argument("--out", type=Path, help="CSV to write, one row per variant and round")
-    parser.add_argument("--dry-run", action="store_true", help="tiny model, two rounds, nothing written")
-    parser.add_argument("--seconds", type=float, default=600, help="start no further round after so many seconds")
-    args = parser.parse_args()
+def main() -> int:
+    run = run_of(parser(__doc__, rounds=9).parse_args())
+    results = Results(run, "policy_serving")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    load, rounds = (TINY_LOAD, 2) if args.dry_run else (LOAD, args.rounds)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        model, policy = Path(scratch, "model"), Path(scratch, "policy.json")
-        num_layers = make_model(model, args.dry_run)
-        layers = {str(layer): {"disabled": BANNED} for layer in range(num_layers)}
-        policy.write_text(json.dumps({"version": "route-policy/1", "layers": layers}))
+    load, lab = TINY_LOAD if run.rehearse else LOAD, ROOT / "vllm_unsafe_routes/lab/model"
+    config = config_of("olmoe", run.size) | {"vocab_size": json.loads((lab / "config.json").read_text())["vocab_size"]}
+    model = make_model(run.scratch / "policy-serving", config, "bfloat16")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lab / name, model / name)
+    policy = run.scratch / "policy.json"
+    layers = {str(layer): {"disabled": BANNED} for layer in range(config["num_hidden_layers"])}
+    policy.write_text(json.dumps({"version": "route-policy/1", "layers": layers}))
+    about = dict(zip(("requests", "concurrency", "prompt_tokens", "generated_tokens"), load, strict=True))
+    with contextlib.ExitStack() as stack:
         servers = {}
         for variant in VARIANTS:
-            servers[variant] = Server(model, variant, policy, Path(scratch, f"{variant}.log"))
+            log = run.scratch / f"policy-serving-{variant}.log"
+            servers[variant] = Server(model, variant, policy, log, engine_environment(run, v2=False))
             stack.callback(servers[variant].close)
         for server in servers.values():
             server.wait()
             run_load(server, model, load, seed=0)
-            print(f"{server.variant}: ready", flush=True)
-        about, started = facts(load), time.monotonic()
-        for number in range(rounds):
-            if time.monotonic() - started > args.seconds:
-                print(f"stopped after {number} rounds: {args.seconds:.0f} seconds are over", flush=True)
-                break
-            order = VARIANTS if number % 2 == 0 else VARIANTS[::-1]
-            for position, variant in enumerate(order):
-                result = run_load(servers[variant], model, load, seed=number + 1)
-                figures = {figure: round(result[figure], 3) for figure in FIGURES}
-                row = {"round": number, "position": position, "variant": variant, "duration_s": round(result["duration"], 3)}
-                rows.append({**about, **row, **figures})
-            print(f"round {number + 1} of {rounds}", flush=True)
+            results.step("server ready", variant=server.variant)
+        for number in rounds(2 if run.rehearse else run.rounds, run.deadline):
+            for position, variant in enumerate(rotated(VARIANTS, number)):
+                found = run_load(servers[variant], model, load, seed=number + 1)
+                figures = {figure: round(found[figure], 3) for figure in FIGURES}
+                turn = {"round": number, "position": position, "variant": variant, "duration_s": round(found["duration"], 3)}
+                results.row(**about, **turn, **figures)
+            results.step("round", number=number)
         time.sleep(2)  # the counts come with a delay of up to a second
         assert servers["policy"].displaced() > 0, "the policy displaced nothing: its cost was not measured"
         assert servers["none"].displaced() == 0
-    if args.dry_run:
-        print(summary([]) if not rows else "dry run: checks passed, figures of a tiny model are not reported")
-        return
-    print(summary(rows))
-    if args.out:
-        with args.out.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    if not run.rehearse:
+        print(table(results.rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -169,7 +169,7 @@ def subject_of(key: str, run: Run) -> Subject:
 def loads_of(run: Run) -> dict[str, Load]:
     """The loads that were asked for."""
     loads = TINY_LOADS[run.device] if run.rehearse else LOADS[run.device]
-    return {name: load for name, load in loads.items() if run.wants(name)}
+    return {name: loads[name] for name in run.wanted(loads)}
 
 
 def start_engine(name: str, subject: Subject, run: Run, against: Path | None, log: Path) -> Child:

@@ -18,15 +18,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import floors
+import kernel_speed
 import lab_results
+import policy_serving
+import routes_exact
 import search_speed
 import serving_cost
 from common import NOT_MEASURED, ROOT, Rows, read_csv, read_rows, rewrite, write_csv
 
 # question -> the columns that say what a row measured
 QUESTIONS = {
+    "routes_exact": ("check", "mode"),
+    "kernel_speed": ("shape", "num_tokens"),
     "serving_cost": ("model",),
     "search_speed": ("model", "kind"),
+    "floors": ("model", "kind", "workload"),
+    "policy_serving": (),
 }
 
 
@@ -47,10 +55,15 @@ class Table:
 
 
 TABLES = {
+    "gpu-checks": Table("routes_exact", True, routes_exact.table),
+    "gpu-kernel": Table("kernel_speed", True, kernel_speed.short_table),
+    "speed-table": Table("kernel_speed", True, kernel_speed.table),
     "serving-cost": Table("serving_cost", False, serving_cost.cpu_table),
     "gpu-serving": Table("serving_cost", True, serving_cost.gpu_table),
+    "policy-serving": Table("policy_serving", False, policy_serving.table),
     "search-speed": Table("search_speed", False, search_speed.cpu_table),
     "gpu-search": Table("search_speed", True, search_speed.gpu_table),
+    "gpu-profile": Table("floors", True, floors.table),
     **{mark: Table("lab_results", False, make) for mark, make in lab_results.TABLES.items()},
 }
 

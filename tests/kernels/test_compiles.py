@@ -23,7 +23,7 @@ SPILLED, SHARED = -2, -1
 
 def compile_table(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", str(ROOT / "benchmarks/kernels/compile_table.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks/compile_table.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark: the directed kernel in its uses, and what engines and torch offer for the same gating."""
+"""Who takes part in kernel_speed.py: the directed kernel in its uses, and what engines and torch offer for the same gating."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from model_shapes import Shape
 from vllm_unsafe_routes.kernels import GatingSpec, RouteRows, pack_allowed, route_topk, route_topk_reference
 from vllm_unsafe_routes.kernels.spec import FLAG_FORCED
 
@@ -33,6 +32,40 @@ Routes = tuple[torch.Tensor, torch.Tensor]
 
 class Unavailable(Exception):
     """A peer cannot run here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One model's gating.
+
+    Attributes:
+        name: the model, for tables.
+        spec: its gating.
+        correction_bias: whether a bias steers the selection.
+
+    """
+
+    name: str
+    spec: GatingSpec
+    correction_bias: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name, experts and top k."""
+        return f"{self.name} {self.spec.num_experts}/{self.spec.top_k}"
+
+
+# One of each kind that public models use; compile_table.py compiles for them, too.
+SHAPES = (
+    Shape("Mixtral", GatingSpec(8, 2, renormalize=True)),
+    Shape("OLMoE", GatingSpec(64, 8)),
+    Shape("Qwen1.5-MoE", GatingSpec(60, 4)),
+    Shape("DeepSeek-V2-Lite", GatingSpec(64, 6)),
+    Shape("Qwen3-30B", GatingSpec(128, 8, renormalize=True)),
+    Shape("DeepSeek-V3", GatingSpec(256, 8, "sigmoid", True, 2.5, 8, 4, "top2"), correction_bias=True),
+    Shape("Kimi-K2", GatingSpec(384, 8, "sigmoid", True, 2.827), correction_bias=True),
+    Shape("Qwen3-Next", GatingSpec(512, 10, renormalize=True)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +103,10 @@ class Contestant:
         prepare: makes the call for a problem: slot -> weights and ids; raises Unavailable.
         directive: the use of directives: None (no table), "none", "masked" or "forced".
         rewrites: whether it works on routes that another kernel left.
+        keeps: whether it also copies the routes to buffers of their own.
         tolerance: of its weights.
         exact_ids: whether equal scores must go to the smaller id, in order.
+        slow: whether it compiles for seconds at every problem, or is worth a look only.
 
     """
 
@@ -80,8 +115,10 @@ class Contestant:
     prepare: Callable[[Problem], Callable[[int], Routes]]
     directive: str | None = None
     rewrites: bool = False
+    keeps: bool = False
     tolerance: float = PEER_TOLERANCE
     exact_ids: bool = False
+    slow: bool = False
 
 
 def make_problem(shape: Shape, num_tokens: int, num_slots: int, device: str) -> Problem:
@@ -111,7 +148,7 @@ def bytes_per_launch(problem: Problem, contestant: Contestant) -> int:
     """What a launch must move: logits, weights and ids, and each token's row once."""
     experts, top_k = problem.shape.spec.num_experts, problem.shape.spec.top_k
     if contestant.rewrites:
-        return 4 * problem.num_tokens
+        return problem.num_tokens * (4 + (16 * top_k if contestant.keeps else 0))
     of_token = experts * problem.logits.element_size() + 8 * top_k
     if contestant.directive is not None:
         of_token += 4
@@ -166,8 +203,9 @@ def _outputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return _slots(*sizes, torch.float32, device).fill_(UNTOUCHED), _slots(*sizes, torch.int32, device).fill_(UNTOUCHED)
 
 
-def _ours(problem: Problem, directive: str | None, rewrites: bool = False) -> Callable[[int], Routes]:
+def _ours(problem: Problem, directive: str | None, rewrites: bool = False, keeps: bool = False) -> Callable[[int], Routes]:
     weights, ids = _outputs(problem)
+    kept_weights, kept_ids = _outputs(problem) if keeps else (None, None)
     row_index = None if directive is None else problem.row_index[directive]
     rows = None if directive is None else problem.rows
 
@@ -181,6 +219,8 @@ def _ours(problem: Problem, directive: str | None, rewrites: bool = False) -> Ca
             topk_weights=weights[slot],
             topk_ids=ids[slot],
             only_directed=rewrites,
+            routes_ids=None if kept_ids is None else kept_ids[slot],
+            routes_weights=None if kept_weights is None else kept_weights[slot],
         )
 
     return call
@@ -299,6 +339,8 @@ CONTESTANTS = (
     Contestant("ours, all masked", _any, lambda p: _ours(p, "masked"), "masked", tolerance=OURS_TOLERANCE, exact_ids=True),
     Contestant("ours, all forced", _any, lambda p: _ours(p, "forced"), "forced", tolerance=OURS_TOLERANCE, exact_ids=True),
     Contestant("ours behind native, no directed token", _any, lambda p: _ours(p, "none", True), "none", rewrites=True),
+    # What an engine with overrides launches: it keeps the routes for whoever asks for them.
+    Contestant("ours behind native, routes kept", _any, lambda p: _ours(p, "none", True, True), "none", rewrites=True, keeps=True),
     Contestant(
         "vllm topk_softmax", lambda spec: spec.scoring == "softmax" and not spec.grouped, lambda p: _vllm_topk(p, "topk_softmax")
     ),
@@ -307,11 +349,12 @@ CONTESTANTS = (
     ),
     Contestant("vllm grouped_topk", lambda spec: spec.scoring == "sigmoid", _vllm_grouped),
     Contestant("torch eager", _any, lambda p: _torch(p, False)),
-    Contestant("torch.compile", _any, lambda p: _torch(p, True)),
+    Contestant("torch.compile", _any, lambda p: _torch(p, True), slow=True),
     Contestant(
         "triton_kernels topk",  # its softmax is over the chosen experts, which is what renormalisation amounts to
         lambda spec: spec.scoring == "softmax" and spec.renormalize,
         _triton_kernels,
         tolerance=BFLOAT16_TOLERANCE,
+        slow=True,
     ),
 )

@@ -1,26 +1,30 @@
-"""The kernels against their specification, on the device; small enough to run under compute-sanitizer.
+"""The kernels against their specification, ids exact; small enough to run under compute-sanitizer, too.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/gpu/memcheck_kernels.py
+    python benchmarks/kernels_exact.py                                                       # on a GPU
+    compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/kernels_exact.py  # PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor is an allocation of its own, so that an access one element past its end is seen.
+With that variable each tensor is an allocation of its own, so that an access one element past its end is seen.
 """
 
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent))
-
-from gpu_common import support_path
+from common import support_path
 
 support_path()
 
 import torch  # noqa: E402 - the test suite's helpers are importable from here on
 from kernel_cases import WEIGHT_TOLERANCE, Case, loop, make_case  # noqa: E402
-from vllm_unsafe_routes.kernels import GatingSpec, RouteRows, fill_row_index, route_topk  # noqa: E402
+from vllm_unsafe_routes.kernels import (  # noqa: E402
+    GatingSpec,
+    RouteRows,
+    fill_row_index,
+    pack_allowed,
+    route_topk,
+    route_topk_reference,
+)
 from vllm_unsafe_routes.kernels.row_index import fill_row_index_reference  # noqa: E402
 
 SPECS = {
@@ -75,9 +79,15 @@ def check_route_topk(name: str, spec: GatingSpec, device: str, seed: int, num_to
     weights = torch.full((num_tokens + 2, spec.top_k + 3), float(UNTOUCHED), device=device)
     ids = torch.full((num_tokens + 2, spec.top_k + 3), UNTOUCHED, dtype=torch.int32, device=device)
     inside = slice(1, -1), slice(0, spec.top_k)
-    route_topk(**on_device(case, device, seed % 4), topk_weights=weights[inside], topk_ids=ids[inside])
+    kept: dict[str, torch.Tensor] = {}
+    if seed % 2:
+        kept = {"routes_ids": torch.zeros_like(ids[inside]), "routes_weights": torch.zeros_like(weights[inside])}
+    route_topk(**on_device(case, device, seed % 4), topk_weights=weights[inside], topk_ids=ids[inside], **kept)
     where = f"{name}, seed {seed}"
     assert ids[inside].tolist() == expected_ids, f"{where}: ids differ from the specification"
+    if kept:
+        same = torch.equal(kept["routes_ids"], ids[inside]) and torch.equal(kept["routes_weights"], weights[inside])
+        assert same, f"{where}: the routes kept are others"
     error = (weights[inside].double().cpu() - torch.tensor(expected_weights, dtype=torch.float64)).abs().max().item()
     assert error <= WEIGHT_TOLERANCE, f"{where}: a weight is {error} off"
     ids[inside] = UNTOUCHED
@@ -113,8 +123,28 @@ def check_row_index(device: str, seed: int) -> None:
     assert torch.equal(found.cpu(), expected), f"row index, seed {seed}"
 
 
+def check_many_tokens(experts: int, top_k: int, num_tokens: int = 16384) -> None:
+    """Many tokens at once on a GPU, against the vectorised reference on the same logits."""
+    spec = GatingSpec(experts, top_k)
+    logits = torch.randn(num_tokens, experts, device="cuda").to(torch.bfloat16)
+    allowed = torch.rand(256, experts).argsort(-1) < max(top_k, experts // 2)
+    zeros = torch.zeros(256, dtype=torch.int32)
+    rows = RouteRows(zeros, pack_allowed(allowed), zeros[:, None].repeat(1, top_k), torch.zeros(256, top_k))
+    on_gpu = RouteRows(*(None if tensor is None else tensor.cuda() for tensor in rows))
+    index = torch.randint(-1, 256, (num_tokens,), dtype=torch.int32)
+    weights, ids = route_topk(logits, index.cuda(), on_gpu, spec)
+    expected, expected_ids = route_topk_reference(logits.cpu(), index, rows, spec)
+    assert torch.equal(ids.cpu().long(), expected_ids.long()), f"{experts}/{top_k}: ids differ at {num_tokens} tokens"
+    assert (weights.cpu() - expected).abs().max() < 2 * WEIGHT_TOLERANCE, f"{experts}/{top_k}: weights differ"
+
+
 def run_cases(device: str, num_seeds: int, num_tokens: int, names: tuple[str, ...] = tuple(SPECS)) -> dict[str, Any]:
-    """All cases; returns what was run. Raises `AssertionError` at the first difference."""
+    """All cases; returns what was run.
+
+    Raises:
+        AssertionError: the first difference.
+
+    """
     worst = 0.0
     for name in names:
         for seed in range(num_seeds):

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be there, and report what the compilers made of them.
 
-    python benchmarks/kernels/compile_table.py --out docs/kernels.md     # rewrite the table between the marks
-    python benchmarks/kernels/compile_table.py --check docs/kernels.md   # fail on spills or on a table with other rows
+    python benchmarks/compile_table.py --out docs/kernels.md     # rewrite the table between the marks
+    python benchmarks/compile_table.py --check docs/kernels.md   # fail on spills or on a table with other rows
 
 Arguments, constants and warps are those of the real launch: the launch code is asked for them with tensors that have a shape
 but no memory, and Triton's own binder turns them into a signature. Registers, stack and shared memory come from the cubin
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 # The interpreter replaces the compiler as soon as a kernel module is imported; fused arithmetic is today's default, and
 # Triton warns as long as nobody says so.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -33,7 +32,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from model_shapes import SHAPES, Shape
+from common import rewrite
+from kernel_peers import SHAPES, Shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -45,7 +45,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MARKS = ("<!-- compile-table:begin -->", "<!-- compile-table:end -->")
+MARK = "compile-table"
 NUM_TOKENS, NUM_ROWS = 1024, 64
 AMD_LOAD_BITS = {
     "ubyte": 8,
@@ -307,10 +307,9 @@ def table(rows: dict[str, dict[str, Facts]], targets: Iterable[str]) -> str:
 
 def rows_in(document: str) -> list[str]:
     """Variants of a committed table."""
-    begin, end = map(re.escape, MARKS)
-    found = re.search(f"{begin}(.*?){end}", document, re.DOTALL)
+    found = re.search(f"<!-- {MARK}:begin -->(.*?)<!-- {MARK}:end -->", document, re.DOTALL)
     if found is None:
-        raise SystemExit(f"the document has no table between {MARKS[0]} and {MARKS[1]}")
+        raise SystemExit(f"the document has no marks {MARK}")
     return re.findall(r"^\| ([^|]+?) \|", found[1], re.MULTILINE)[1:]
 
 
@@ -346,10 +345,7 @@ def main() -> int:
     text = table(rows, args.targets)
     print(text)
     if args.out:
-        begin, end = map(re.escape, MARKS)
-        document = args.out.read_text()
-        new = re.sub(f"{begin}.*?{end}", lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", document, flags=re.DOTALL)
-        args.out.write_text(new)
+        rewrite(args.out, MARK, text)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
