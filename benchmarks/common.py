@@ -354,6 +354,14 @@ def float32_settings(run: Run) -> dict[str, Any]:
     return {"dtype": "float32"} | ({"attention_backend": "TRITON_ATTN"} if run.on_gpu else {})
 
 
+def latent_settings(run: Run) -> dict[str, Any]:
+    """What engines with latent attention need: on a GPU a block size that all its kernels take.
+
+    On CPU vLLM's kernel for interleaved rotary embeddings is wrong, and its latent attention for AMX cannot do float32.
+    """
+    return {"block_size": 64} if run.on_gpu else {"compilation_config": {"custom_ops": ["none"]}, "attention_backend": "CPU_MLA"}
+
+
 # A Triton matrix product of float32 is tf32 by default, which is too coarse to compare log-probabilities with.
 EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
 

@@ -44,6 +44,7 @@ from common import (
     engine_environment,
     engine_settings,
     float32_settings,
+    latent_settings,
     markdown,
     parser,
     run_of,
@@ -180,11 +181,6 @@ def requests(rng: random.Random, shape: Any, count: int, longest: int, vocab: in
 
     prompts = [random_prompt(rng, rng.randrange(4, longest), vocab) for _ in range(count)]
     return prompts, [None if at % 6 == 0 else random_plan(rng, shape, len(prompt)) for at, prompt in enumerate(prompts)]
-
-
-def latent_settings(run: Run) -> dict[str, Any]:
-    """What latent attention needs: a block size that all its kernels take; on CPU its layers' own code."""
-    return {"block_size": 64} if run.on_gpu else {"compilation_config": {"custom_ops": ["none"]}}
 
 
 def check_exact(options: dict[str, Any]) -> Iterator[Row]:

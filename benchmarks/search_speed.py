@@ -49,6 +49,7 @@ from common import (
     engine_environment,
     engine_settings,
     float32_settings,
+    latent_settings,
     markdown,
     parser,
     rotated,
@@ -85,6 +86,7 @@ class Amounts:
         cells: prompts in flight -> cells of all of them together in one round.
         passes: candidates of a baseline in one round.
         answer: tokens that a whole attempt generates.
+        min_gain: what a route must gain to be kept; scores of dummy weights hardly differ.
 
     """
 
@@ -92,13 +94,14 @@ class Amounts:
     cells: dict[int, int]
     passes: int
     answer: int
+    min_gain: float
 
 
 AMOUNTS = {
-    "cpu": Amounts(48, {1: 16, 4: 24, 16: 48, 64: 96}, 24, 1),
-    "cuda": Amounts(28, {1: 24, 16: 96, 64: 256}, 24, ANSWER),
+    "cpu": Amounts(48, {1: 16, 4: 24, 16: 48, 64: 96}, 24, 1, 2e-2),
+    "cuda": Amounts(28, {1: 24, 16: 96, 64: 256}, 24, ANSWER, 0.0),
 }
-TINY_AMOUNTS = {"cpu": Amounts(12, {1: 2, 4: 4}, 3, 1), "cuda": Amounts(8, {1: 2, 4: 4}, 2, 4)}
+TINY_AMOUNTS = {"cpu": Amounts(12, {1: 2, 4: 4}, 3, 1, 2e-2), "cuda": Amounts(8, {1: 2, 4: 4}, 2, 4, 0.0)}
 
 
 def token_ids(seed: int, length: int, vocab: int) -> list[int]:
@@ -281,13 +284,13 @@ class Search:
 
         return Prompt(name, tuple(token_ids(seed, length, self.vocab)), tuple(token_ids(seed + 1, TARGET, self.vocab)))
 
-    def attempts(self, in_flight: int, cells: int | None, length: int, seed: int, answer: int = 1) -> Row:
+    def attempts(self, in_flight: int, cells: int | None, length: int, seed: int, min_gain: float, answer: int = 1) -> Row:
         """F-SOUR on some prompts; all their cells, or `cells` of all prompts together."""
         from vllm_unsafe_routes.evaluation.judges import Verdict
         from vllm_unsafe_routes.search.backend import Stats, run_tasks
         from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
 
-        settings = FsourSettings(strategy="code", num_draws=DRAWS, tau=1.0, min_gain=0.0, max_new_tokens=answer)
+        settings = FsourSettings(strategy="code", num_draws=DRAWS, tau=1.0, min_gain=min_gain, max_new_tokens=answer)
         prompts = [self.prompt(f"{seed}-{at}", length, seed + 2 * at) for at in range(in_flight)]
         total = length * (len(self.backend.shape.moe_layers) - 1) + 1  # the last layer counts at the last position only
         indices = evenly(cells, total) if cells is not None else []
@@ -386,8 +389,7 @@ def agreement_options(key: str, run: Run) -> dict[str, Any]:
     device, latent = ("cuda" if run.on_gpu else "cpu"), key == "deepseek_v2_lite"
     settings = engine_settings(run, GIB, max_num_seqs=64, max_num_batched_tokens=1024)
     settings |= {} if latent else float32_settings(run)
-    if latent and not run.on_gpu:
-        settings["compilation_config"] = {"custom_ops": ["none"]}
+    settings |= latent_settings(run) if latent else {}
     settings.pop("dtype", None)
     count = 12 if run.rehearse else 64
     return {"name": key, "model": key, "device": device, "scratch": str(run.scratch), "settings": settings, "count": count}
@@ -447,7 +449,7 @@ def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) 
         more |= {"max_num_seqs": 512, "max_num_batched_tokens": 4096}
     elif run.rehearse:
         more |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
-        more |= {"compilation_config": {"custom_ops": ["none"]}} if key == "deepseek_v2_lite" else {}
+    more |= latent_settings(run) if key == "deepseek_v2_lite" else {}
     options["settings"] = engine_settings(run, 2 * GIB, **more)
     env = engine_environment(run, v2=False)
     return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(threads)})
@@ -507,7 +509,8 @@ class Sides:
             count = self.amounts.passes if batch == 1 else BATCH * (1 if self.run.rehearse else 3)
             return self.passes(count, seed, self.fastest[variant], batch)
         in_flight = int(variant.split()[1])
-        sizes = {"in_flight": in_flight, "cells": self.amounts.cells[in_flight], "length": self.amounts.prompt}
+        amounts = self.amounts
+        sizes = {"in_flight": in_flight, "cells": amounts.cells[in_flight], "length": amounts.prompt, "min_gain": amounts.min_gain}
         found: Row = self.engine.ask(self.run.left, do="attempts", seed=seed, **sizes)
         return found
 
@@ -578,7 +581,7 @@ def whole(sides: Sides, results: Results, medians: dict[str, float]) -> None:
         results.step(kind, variant=variant, seconds=round(found["seconds"], 3), **more)
 
     length = 6 if run.rehearse else amounts.prompt
-    sizes = {"in_flight": 1, "cells": None, "length": length, "answer": amounts.answer}
+    sizes = {"in_flight": 1, "cells": None, "length": length, "min_gain": amounts.min_gain, "answer": amounts.answer}
     found = sides.engine.ask(run.left, do="attempts", seed=77, **sizes)
     keep("whole run", "engine, 1 in flight" if run.device == "cpu" else f"{length} prompt tokens", found, medians)
     if run.device == "cpu":
@@ -668,8 +671,9 @@ def profile(run: Run, log: Path) -> None:
     folder = make_model(run.scratch / "search-olmoe", config_of("olmoe", run.size), dtype_of(run) if run.size == "cpu" else None)
     engine, amounts = start("engine", "olmoe", folder, run, 1, log), AMOUNTS["cpu"]
     engine.read(run.left)
-    engine.ask(run.left, do="attempts", in_flight=2, cells=4, length=amounts.prompt, seed=7)
-    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells[16], length=amounts.prompt, seed=5)
+    sizes = {"length": amounts.prompt, "min_gain": amounts.min_gain}
+    engine.ask(run.left, do="attempts", in_flight=2, cells=4, seed=7, **sizes)
+    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells[16], seed=5, **sizes)
     engine.close()
     print(f"{found['candidates']} candidates in {found['seconds']:.1f} s; {found['computed']} of {found['tokens']} tokens computed")
     for name, own, cumulative in found["rows"]:

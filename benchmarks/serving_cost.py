@@ -36,6 +36,7 @@ from common import (
     engine_environment,
     engine_settings,
     first_line,
+    latent_settings,
     lay_out,
     markdown,
     parser,
@@ -180,8 +181,8 @@ def start_engine(name: str, subject: Subject, run: Run, against: Path | None, lo
         settings["load_format"] = "dummy"
     settings["max_model_len"] = {"tiny": 256, "cpu": 512, "full": 2048}[run.size]
     settings["max_num_batched_tokens"] = STEP_TOKENS
-    if not run.on_gpu and subject.config["model_type"] == "deepseek_v2":
-        settings["compilation_config"] = {"custom_ops": ["none"]}
+    if subject.config["model_type"] == "deepseek_v2":
+        settings |= latent_settings(run)
     env = engine_environment(run, v2=False)
     if name in ("stock", "eager"):
         env["VLLM_PLUGINS"] = ""
