@@ -77,7 +77,6 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """CPU time of the server's processes so far."""
-
         root = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
         return sum(item.user + item.system for item in times)
