@@ -7,11 +7,12 @@ STAMP := $(VENV)/.ready
 ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo test test-long lint house bench lab-results gpu-archive clean
+.PHONY: help setup demo test test-fast test-long lint house bench lab-results gpu-archive clean
 
 help:
 	@echo "make demo       RoSais, masking, F-SOUR and a report on the lab model, in the real vLLM engine (sets everything up first)"
 	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (two groups at a time)"
+	@echo "make test-fast  what needs no engine: plans, commands, judges, reports, campaigns (under a minute)"
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
@@ -44,6 +45,10 @@ GROUPS := test-engine-v2 test-engine-v1 test-search test-campaign test-gpu test-
 test: setup
 	@echo "$(words $(GROUPS)) groups of tests, two at a time; each prints when it has ended"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(GROUPS)
+
+# Two groups, two cores.
+test-fast: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-campaign test-plans
 
 test-plans: setup
 	$(ENV) $(PYTEST) tests/plans

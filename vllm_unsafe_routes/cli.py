@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from .commands import demo, derive_policy, evaluate, fsour, inspect, mask_attack, report, rosais
+from .commands.usage import Parser
 from .errors import RouteError
 
 COMMANDS = (inspect, rosais, mask_attack, fsour, evaluate, derive_policy, report, demo)
@@ -14,18 +16,38 @@ COMMANDS = (inspect, rosais, mask_attack, fsour, evaluate, derive_policy, report
 INTERRUPTED_STATUS = 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+_WHERE_TO_START = """\
+where to start:
+  unsafe-routes demo             all of this on a harmless lab model, on CPU, in minutes
+  unsafe-routes inspect MODEL    which layers of a model route, and to how many experts
+
+in order:
+  a red team    rosais, mask-attack, fsour, then report (docs/search.md)
+  a defence     derive-policy, then evaluate (docs/defence.md)
+  serving it    vLLM's server with --route-policy (docs/serving.md)
+
+Each command has an example at the end of its --help. An interrupted run goes on with the same command.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = Parser(
         prog="unsafe-routes",
-        description="Control of expert routing in MoE models inside vLLM, and how safe that routing is.",
-        epilog="Start with `unsafe-routes demo`. Plans and policies: docs/plans.md; search: docs/search.md. "
-        "Serving: python -m vllm.entrypoints.openai.api_server --help (group unsafe-routes).",
+        usage="%(prog)s COMMAND [options]",
+        description="Look at the expert routing of a MoE model, measure how safe it is, attack it and defend it, inside vLLM.",
+        epilog=_WHERE_TO_START,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('vllm-unsafe-routes')}")
+    commands = parser.add_subparsers(dest="command", required=True, prog="unsafe-routes", title="commands", metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
     from .study.jobs import Interrupted
 
     try:

@@ -1,13 +1,15 @@
 """`unsafe-routes inspect` on a config.json alone: what it prints, what it refuses; and the constants kept in two places."""
 
+import argparse
 import json
 import re
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RoutePlan, RoutePolicy, compiled
-from vllm_unsafe_routes.cli import main
+from vllm_unsafe_routes.cli import main, make_parser
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -183,6 +185,40 @@ def test_wrong_usage_is_status_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: unsafe-routes" in capsys.readouterr().err
+
+
+def parsers():
+    """(command, its parser)."""
+    actions = make_parser()._actions
+    return next(action for action in actions if isinstance(action, argparse._SubParsersAction)).choices.items()
+
+
+@pytest.mark.parametrize(("command", "parser"), parsers(), ids=[name for name, _ in parsers()])
+def test_help_teaches(command, parser):
+    """A sentence for every option, a description, and a command to paste; `%` and braces are written as they should appear."""
+    for action in parser._actions:
+        words = re.sub(r"\(default: [^)]*\)|adaptive:", "", action.help or "").split()
+        assert len(words) >= 3, f"{command} {action.option_strings or action.dest}: {action.help!r}"
+    assert parser.description
+    text = parser.format_help()
+    assert f"usage: unsafe-routes {command} " in text
+    if parser.epilog:
+        pasted = text.partition("Example:\n")[2].replace("\\\n", " ").split()
+        assert pasted[:2] == ["unsafe-routes", command]
+        assert parser.parse_args(pasted[2:])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"unsafe-routes {version('vllm-unsafe-routes')}\n")
+
+
+def test_the_help_of_all_names_each_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert [name for name, _ in parsers() if not re.search(rf"^    {name}\b", out, re.MULTILINE)] == []
 
 
 def test_the_compiler_and_the_kernels_agree_on_a_row():

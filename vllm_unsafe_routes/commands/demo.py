@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "interruption it goes on where it was.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (default: runs/demo)")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts attacked (default: 16)")
+    parser.add_argument("--prompts", type=int, default=16, help="how many prompts are attacked (default: 16)")
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (default: 0)")
     parser.set_defaults(run=run)
 

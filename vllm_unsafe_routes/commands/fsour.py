@@ -16,7 +16,7 @@ from ..study.campaign import Campaign
 from ..study.jobs import VOLATILE, fsour_record, run_jobs
 from ..study.records import Fsour, Matrix, read
 from .mask_attack import interval_record, show_interval
-from .options import Workspace, add_data_options, add_judge_options, add_model_options
+from .options import Workspace, add_data_options, add_judge_options, add_model_options, attribute_sentences
 
 
 def add(commands: Any) -> None:
@@ -49,7 +49,7 @@ def add_fsour_options(parser: argparse.ArgumentParser) -> None:
         "project's own, the same goal with far fewer tokens",
     )
     group.add_argument(
-        "--draws", type=int, default=10, help="S3, draws at each (token, layer) (default: 10; the published code: 100)"
+        "--draws", type=int, default=10, help="S3, draws at each (token, layer) (default: 10, as the paper and its code)"
     )
     group.add_argument("--attempts", type=int, default=5, help="S4, attempts with new draws (default: 5)")
     group.add_argument("--tau", type=float, default=0.8, help="stop searching at this probability of the target (default: 0.8)")
@@ -61,11 +61,11 @@ def add_fsour_options(parser: argparse.ArgumentParser) -> None:
         help="adaptive: this many prompts are attacked first, and the routes found there are where the others start; 0: none "
         "(default: 4)",
     )
+    sentences = attribute_sentences(AdaptiveSettings)
     for field in fields(AdaptiveSettings):
         option = f"--adaptive-{field.name.replace('_', '-')}"
-        group.add_argument(
-            option, type=type(field.default), default=field.default, help=f"adaptive only (default: {field.default})"
-        )
+        text = f"adaptive: {sentences[field.name]} (default: {field.default})"
+        group.add_argument(option, type=type(field.default), default=field.default, help=text)
 
 
 def fsour_settings(args: argparse.Namespace, seed: int) -> FsourSettings:

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face folder, or a config.json")
     parser.add_argument("--plan", type=Path, help="a file with a plan: route-plan/1 JSON, or the string that a request carries")
     parser.add_argument("--policy", type=Path, help="a route-policy/1 file; a plan is then checked under it")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +21,13 @@ from ..study.bench import Bench, open_backend
 from ..study.judges import judge_of, make_judge
 from ..study.model import LAB, NO_WRAPPER, Item, Model, Wrapper
 from ..study.prompts import read_prompts
+
+
+def attribute_sentences(settings: type) -> dict[str, str]:
+    """What a settings class's docstring says of each attribute, for the help of the options that set them."""
+    _, _, attributes = (inspect.getdoc(settings) or "").partition("Attributes:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in found}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ class FsourSettings:
 
     Attributes:
         strategy: "paper", "code" or "adaptive".
-        num_draws: S3, draws at each (position, layer). The paper says 10, the published code's default is 100.
+        num_draws: S3, draws at each (position, layer). The paper says 10, and so does the published code unless told otherwise.
         num_attempts: S4, attempts with new draws.
         tau: probability of the target at which an attempt stops searching.
         seed: of the draws.
