@@ -17,10 +17,9 @@ from engines import engine
 
 from vllm_unsafe_routes import RoutePolicy, lab
 from vllm_unsafe_routes.cli import main
-from vllm_unsafe_routes.commands import options
 from vllm_unsafe_routes.evaluation.judges import EndpointJudge
 from vllm_unsafe_routes.search.scorer import make_backend
-from vllm_unsafe_routes.study import judges
+from vllm_unsafe_routes.study import judges, workspace
 from vllm_unsafe_routes.study.campaign import Campaign, read_settings
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
@@ -37,7 +36,7 @@ def backend():
 @pytest.fixture
 def shared_engine(backend, monkeypatch):
     """The commands' engine is the module's, so that it starts once."""
-    monkeypatch.setattr(options, "open_backend", lambda *_, **__: contextlib.nullcontext(backend))
+    monkeypatch.setattr(workspace, "open_backend", lambda *_, **__: contextlib.nullcontext(backend))
 
 
 def run(capsys, *arguments):
@@ -148,6 +147,12 @@ def test_a_rosais_folder_that_cannot_be_built_on(capsys, tmp_path, folder, messa
     arguments = ["mask-attack", *LAB, "--rosais", folder(tmp_path), "--out", tmp_path / "run"]
     status, _, err = run(capsys, *arguments)
     assert status == 1 and message in err and str(tmp_path) in err
+
+
+def test_evaluate_builds_on_a_rosais_folder_only(capsys, tmp_path):
+    folder = rosais_folder(tmp_path, command="mask-attack")
+    status, _, err = run(capsys, "evaluate", *LAB, "--attack", "rosais", "--rosais", folder, "--out", tmp_path / "run")
+    assert status == 1 and f"unsafe-routes: {folder} is a run of mask-attack, not of rosais" in err
 
 
 def test_a_second_writer_is_refused_and_the_first_goes_on(capsys, tmp_path):

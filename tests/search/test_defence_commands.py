@@ -10,12 +10,12 @@ from engines import engine
 
 from vllm_unsafe_routes import RoutePlan, RoutePolicy, RouteScorer, lab
 from vllm_unsafe_routes.cli import main
-from vllm_unsafe_routes.commands import options
 from vllm_unsafe_routes.errors import RouteError
 from vllm_unsafe_routes.search import rules
 from vllm_unsafe_routes.search.backend import run_tasks
 from vllm_unsafe_routes.search.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.search.scorer import make_backend
+from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 from vllm_unsafe_routes.study.records import Rosais
@@ -96,7 +96,7 @@ def test_rules_share_what_they_ask_of_records():
 def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend):
     scored, derived, matrix = tmp_path / "rosais", tmp_path / "policy", tmp_path / "matrix"
     # One engine for what needs no policy. `evaluate` starts its own, and their ends take the first one's process groups with them.
-    monkeypatch.setattr(options, "open_backend", lambda *_, **__: contextlib.nullcontext(backend))
+    monkeypatch.setattr(workspace, "open_backend", lambda *_, **__: contextlib.nullcontext(backend))
     command("rosais", *LAB, "--data", "lab:search", "--limit", 3, "--masks", 12, "--same-masks", "--out", scored)
     derive = [
         "derive-policy",

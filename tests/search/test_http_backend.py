@@ -17,9 +17,9 @@ from engines import engine
 
 from vllm_unsafe_routes import RouteError, RoutePlan, RoutePolicy, lab
 from vllm_unsafe_routes.cli import main
-from vllm_unsafe_routes.commands import options
 from vllm_unsafe_routes.search.http import HttpBackend
 from vllm_unsafe_routes.search.scorer import RouteScorer, make_backend
+from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 
@@ -96,7 +96,7 @@ def from_engine(prompts, plans, tmp_path_factory):
     ):
         scorer = RouteScorer(llm)
         scores = [scorer.score(prompt.token_ids, prompt.target, plans).tolist() for prompt in prompts]
-        patch.setattr(options, "open_backend", lambda *_, **__: contextlib.nullcontext(make_backend(llm)))
+        patch.setattr(workspace, "open_backend", lambda *_, **__: contextlib.nullcontext(make_backend(llm)))
         assert main(lab_fsour(folder)) == 0
     return scores, results(folder)
 

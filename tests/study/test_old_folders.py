@@ -13,24 +13,27 @@ import msgspec
 import pytest
 
 from vllm_unsafe_routes import RouteError
-from vllm_unsafe_routes.commands import evaluate, fsour, mask_attack, rosais
+from vllm_unsafe_routes.commands import show
 from vllm_unsafe_routes.report import collect, load_runs
+from vllm_unsafe_routes.study import summary
 from vllm_unsafe_routes.study.campaign import CampaignError, read_lines
-from vllm_unsafe_routes.study.records import KINDS, Record, Rosais, Unknown, entries, name_of_type, read
+from vllm_unsafe_routes.study.records import KINDS, Fsour, Record, Rosais, Unknown, entries, name_of_type, read
 
 FOLDERS, GOLDEN = Path(__file__).parent / "folders", Path(__file__).parent / "golden"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
 REPORTED = ("rosais", "rosais-own-masks", "masks", "dataset-masks", "fsour-paper", "fsour-adaptive", "matrix", "no-verdict")
+# Folder -> its summary, and the summary as text.
 SUMMARISED = {
-    "rosais": rosais,
-    "rosais-own-masks": rosais,
-    "masks": mask_attack,
-    "dataset-masks": mask_attack,
-    "no-verdict": mask_attack,
-    "fsour-paper": fsour,
-    "fsour-adaptive": fsour,
-    "matrix": evaluate,
+    "rosais": (summary.rosais_summary, show.rosais),
+    "rosais-own-masks": (summary.rosais_summary, show.rosais),
+    "masks": (summary.mask_summary, show.masks),
+    "dataset-masks": (summary.mask_summary, show.masks),
+    "no-verdict": (summary.mask_summary, show.masks),
+    "fsour-paper": (summary.fsour_summary, lambda found: show.fsour(found, "paper")),
+    "fsour-adaptive": (summary.fsour_summary, lambda found: show.fsour(found, "adaptive")),
+    "matrix": (summary.matrix_summary, show.matrix),
 }
+KIND_READ = {summary.rosais_summary: Rosais, summary.fsour_summary: Fsour}
 
 
 def plain(value):
@@ -58,19 +61,11 @@ def test_every_type_is_there():
 
 
 @pytest.mark.parametrize("name", SUMMARISED)
-def test_the_summary_is_the_same(name):
-    kind = Rosais if SUMMARISED[name] is rosais else Record
-    records = [record for record in read(FOLDERS / name, kind) if SUMMARISED[name] is not fsour or name_of_type(record) == "fsour"]
-    summary = SUMMARISED[name].summarise(records)
-    assert plain(summary) == json.loads((FOLDERS / name / "summary.json").read_text())
-
-
-@pytest.mark.parametrize("name", SUMMARISED)
-def test_the_printed_table_is_the_same(name, capsys):
-    summary = json.loads((FOLDERS / name / "summary.json").read_text())
-    settings = json.loads((FOLDERS / name / "settings.json").read_text())
-    SUMMARISED[name].print_table(summary, *([settings["strategy"]] if SUMMARISED[name] is fsour else []))
-    assert sorted(capsys.readouterr().out.splitlines()) == sorted(golden("tables.json")[name])
+def test_summary_and_table_are_the_same(name):
+    summarise, as_text = SUMMARISED[name]
+    found = summarise(read(FOLDERS / name, KIND_READ.get(summarise, Record)))
+    assert plain(found) == json.loads((FOLDERS / name / "summary.json").read_text())
+    assert as_text(found).splitlines() == golden("tables.json")[name]
 
 
 def test_the_report_s_numbers_are_the_same():

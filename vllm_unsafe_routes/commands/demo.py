@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouteError
 from ..extras import RouteExtras
 from ..plan import RoutePlan
+from ..report import collect, load_runs, write_report
 from ..search.attempt import Attempt
-from ..search.backend import Request, run_search
+from ..search.backend import Backend, Request, run_search
+from ..search.fsour import FsourSettings
+from ..search.masking import MaskSettings
 from ..study.bench import open_backend
 from ..study.model import LAB, Model
 from ..study.prompts import read_prompts
 from ..study.records import Fsour, read
-from . import fsour, inspect, mask_attack, report, rosais
-from .mask_attack import show_interval
+from ..study.run import run_fsour, run_masks, run_rosais
+from ..study.settings import EngineSettings, FsourStudy, JudgeSettings, MaskStudy, RosaisStudy, Setup
+from . import show
+from .options import seeds_of
 
 
 def add(commands: Any) -> None:
@@ -38,61 +43,104 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One study of the demo.
+
+    Attributes:
+        title: what it is about.
+        words: the command line that does the same.
+        study: its settings.
+
+    """
+
+    title: str
+    words: Sequence[str]
+    study: Setup
+
+
+def steps_of(out: Path, prompts: int, seeds: str) -> list[Step]:
+    """The studies, each with the command that a reader would type."""
+    common = ["--model", LAB, "--dtype", "float32"]
+    judged = [*common, "--max-new-tokens", "32", "--seeds", seeds]
+    search, test = (["--data", f"lab:{split}", "--limit", str(prompts)] for split in ("search", "test"))
+    shared: dict[str, Any] = {"model": LAB, "limit": prompts, "engine": EngineSettings(dtype="float32")}
+    attacked = {**shared, "data": "lab:test", "seeds": seeds_of(seeds), "judging": JudgeSettings(max_new_tokens=32)}
+    steps = [
+        Step(
+            "RoSais: which layers' routing carries the refusals",
+            ["rosais", *common, *search, "--out", str(out / "rosais")],
+            RosaisStudy(**shared, data="lab:search", out=out / "rosais"),
+        ),
+        Step(
+            "Router masking at the top layers, beside two fair controls",
+            [
+                *["mask-attack", *judged, *test, "--rosais", str(out / "rosais"), "--layers", "1,2,3", "--masks", "30"],
+                *["--out", str(out / "masks")],
+            ],
+            MaskStudy(**attacked, out=out / "masks", rosais=out / "rosais", levels=(1, 2, 3), search=MaskSettings(num_masks=30)),
+        ),
+    ]
+    for strategy in ("paper", "adaptive"):
+        folder = out / f"fsour-{strategy}"
+        steps.append(
+            Step(
+                f"F-SOUR, strategy {strategy}: a concrete unsafe route for each prompt",
+                ["fsour", *judged, *test, "--strategy", strategy, "--out", str(folder)],
+                FsourStudy(**attacked, out=folder, search=FsourSettings(strategy)),
+            )
+        )
+    return steps
+
+
+def announce(title: str, words: Sequence[str]) -> None:
+    """A step's title and command."""
+    print(f"\n== {title}\n$ unsafe-routes {shlex.join(words)}", flush=True)
+
+
+def run_step(step: Step, backend: Backend) -> Mapping[str, Any]:
+    """Run a study and print its summary as its command does."""
+    announce(step.title, step.words)
+    study = step.study
+    if isinstance(study, RosaisStudy):
+        summary = run_rosais(study, backend)
+        print(show.rosais(summary))
+    elif isinstance(study, MaskStudy):
+        summary = run_masks(study, backend)
+        print(show.masks(summary))
+    else:
+        assert isinstance(study, FsourStudy)
+        summary = run_fsour(study, backend)
+        print(show.fsour(summary, study.search.strategy))
+    return summary
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start = time.monotonic()
-    out, seeds = args.out, args.seeds
-    common = ["--model", LAB, "--dtype", "float32"]
-    judged = [*common, "--max-new-tokens", "32", "--seeds", seeds]
-    parser = argparse.ArgumentParser(prog="unsafe-routes")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (inspect, rosais, mask_attack, fsour, report):
-        command.add(commands)
-
-    def step(what: str, *words: str, backend: Any = None) -> None:
-        print(f"\n== {what}\n$ unsafe-routes {shlex.join(words)}", flush=True)
-        options = parser.parse_args(words)
-        options.backend = backend
-        status = options.run(options)
-        if status:
-            raise RouteError(f"unsafe-routes {words[0]} ended with status {status}")
-
+    steps = steps_of(args.out, args.prompts, args.seeds)
     model = Model(LAB)
-    step("The model: which layers route, how many experts a token gets", "inspect", model.path)
+    announce("The model: which layers route, how many experts a token gets", ["inspect", model.path])
+    print(show.facts(show.facts_of(model.shape), model.shape))
     print("\nStarting the vLLM engine ...", flush=True)
     with open_backend(model, dtype="float32") as backend:
-        step(
-            "RoSais: which layers' routing carries the refusals",
-            *["rosais", *common, "--data", "lab:search", "--limit", str(args.prompts), "--out", str(out / "rosais")],
-            backend=backend,
-        )
-        step(
-            "Router masking at the top layers, beside two fair controls",
-            *["mask-attack", *judged, "--data", "lab:test", "--limit", str(args.prompts), "--rosais", str(out / "rosais")],
-            *["--layers", "1,2,3", "--masks", "30", "--out", str(out / "masks")],
-            backend=backend,
-        )
-        for strategy in ("paper", "adaptive"):
-            step(
-                f"F-SOUR, strategy {strategy}: a concrete unsafe route for each prompt",
-                *["fsour", *judged, "--data", "lab:test", "--limit", str(args.prompts), "--strategy", strategy],
-                *["--out", str(out / f"fsour-{strategy}")],
-                backend=backend,
-            )
-        show_example(model, backend, out / "fsour-adaptive")
-    folders = [str(out / name) for name in ("rosais", "masks", "fsour-paper", "fsour-adaptive")]
-    step("The report", "report", *folders, "--out", str(out / "report"))
-    print_summary(out, time.monotonic() - start)
+        found = {step.study.out.name: run_step(step, backend) for step in steps}
+        show_example(model, backend, args.out / "fsour-adaptive", args.prompts)
+    folders = [step.study.out for step in steps]
+    announce("The report", ["report", *map(str, folders), "--out", str(args.out / "report")])
+    page = write_report(collect(load_runs(folders)), args.out / "report")
+    print_summary(found, time.monotonic() - start)
+    print(f"\nReport: {page}")
     return 0
 
 
-def show_example(model: Model, backend: Any, folder: Path) -> None:
+def show_example(model: Model, backend: Backend, folder: Path, prompts: int) -> None:
     """One prompt with and without its route; the language is made up, so both answers can be shown."""
     record = next((one for one in read(folder, Fsour) if one.success), None)
     if record is None:
         return
-    items = {one.id: model.item(one) for one in read_prompts("lab:test", len(set_of_prompts(folder)))}
+    items = {one.id: model.item(one) for one in read_prompts("lab:test", prompts)}
     item = items[record.prompt]
     plan = Attempt.from_state(record.final).plan()
 
@@ -114,30 +162,19 @@ def show_example(model: Model, backend: Any, folder: Path) -> None:
         print(f"{position:>3} {word:<14}   {old!s:<18}  {new!s:<18}{'' if old == new else '  changed'}")
 
 
-def set_of_prompts(folder: Path) -> set[str]:
-    """Prompts that a campaign has results of."""
-    return {record.prompt for record in read(folder, Fsour)}
-
-
-def print_summary(out: Path, seconds: float) -> None:
-    """The closing table."""
-
-    def summary(name: str) -> Any:
-        return json.loads((out / name / "summary.json").read_text(encoding="utf-8"))
-
-    layers = summary("rosais")
-    masks, paper, adaptive = summary("masks")["asr"], summary("fsour-paper"), summary("fsour-adaptive")
+def print_summary(found: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+    """The closing table, from the summaries of the steps by their folders."""
+    masks, paper, adaptive = found["masks"]["asr"], found["fsour-paper"], found["fsour-adaptive"]
     print(f"\n== In short ({seconds:.0f} s)")
     rows: list[tuple[str, str]] = [
-        ("most safety-critical layers (RoSais)", ", ".join(map(str, layers["ranking"]))),
-        ("ASR, no attack", show_interval(masks["none"])),
-        ("ASR, random masks, 2 layers", show_interval(masks["random-masks/2"])),
-        ("ASR, best masks of random 2 layers", show_interval(masks["random-layers/2"])),
-        ("ASR, best masks of top 2 layers", show_interval(masks["rosais/2"])),
-        ("ASR, F-SOUR as published", show_interval(paper["asr"])),
-        ("ASR, F-SOUR adaptive", show_interval(adaptive["asr"])),
+        ("most safety-critical layers (RoSais)", ", ".join(map(str, found["rosais"]["ranking"]))),
+        ("ASR, no attack", show.interval(masks["none"])),
+        ("ASR, random masks, 2 layers", show.interval(masks["random-masks/2"])),
+        ("ASR, best masks of random 2 layers", show.interval(masks["random-layers/2"])),
+        ("ASR, best masks of top 2 layers", show.interval(masks["rosais/2"])),
+        ("ASR, F-SOUR as published", show.interval(paper["asr"])),
+        ("ASR, F-SOUR adaptive", show.interval(adaptive["asr"])),
         ("tokens computed, published / adaptive", f"{paper['computed_tokens']} / {adaptive['computed_tokens']}"),
     ]
     for name, value in rows:
         print(f"  {name:<40} {value}")
-    print(f"\nReport: {out / 'report' / 'report.html'}")

@@ -24,21 +24,23 @@ from ..search.suffix import SuffixSettings
 from ..search.under_policy import PolicyBackend
 from ..study.bench import Bench
 from ..study.campaign import Campaign, read_settings
-from ..study.jobs import VOLATILE
 from ..study.judges import judge_of
 from ..study.model import NO_WRAPPER, Item
 from ..study.records import Addition, Candidate, OwnAnswers, Record, Rosais, Suffixes, entries, read
-from .fsour import add_fsour_options, fsour_settings
+from ..study.settings import Setup
+from ..study.summary import layer_scores
+from ..study.workspace import Workspace
 from .options import (
-    Workspace,
     add_data_options,
+    add_fsour_options,
     add_judge_options,
     add_model_options,
     add_utility_options,
+    fsour_settings,
     numbers_of,
+    setup_of,
     utility_prompts,
 )
-from .rosais import summarise as summarise_rosais
 
 R = TypeVar("R", bound=Record)
 _RULES = rules.PROTECT_RULES + rules.BAN_RULES
@@ -99,9 +101,9 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    workspace = Workspace(args)
+    workspace = Workspace(Setup(**setup_of(args)))
     shape = workspace.model.shape
-    if workspace.policy is not None:
+    if workspace.setup.engine.policy is not None:
         raise RouteError("derive-policy starts from an engine without a policy; leave out --policy")
     for folder in args.runs:
         found = read_settings(folder).get("fingerprint")
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             raise RouteError(f"{folder} is of model {found}, this is {shape.fingerprint}")
     records = [record for folder in args.runs for record in read(folder, Record)]
     scored = [record for record in records if isinstance(record, Rosais)]
-    ranking = summarise_rosais(scored)["ranking"] if scored else list(shape.moe_layers)
+    ranking = list(layer_scores(scored).ranking) if scored else list(shape.moe_layers)
     layers = ranking[: args.layers]
     utility = utility_prompts(args, "tune")
     if not utility["benign"]:
@@ -146,10 +148,10 @@ def run(args: argparse.Namespace) -> int:
         "greedy_weight": args.greedy_weight,
         "greedy_harmless": args.greedy_harmless,
         "keep": args.keep,
-        "fsour": str(fsour_settings(args, 0)),
+        "fsour": str(replace(fsour_settings(args), max_new_tokens=args.max_new_tokens)),
         "utility": {kind: len(one) for kind, one in utility.items()},
     }
-    with Campaign(args.out, workspace.settings("derive-policy", **own), volatile=VOLATILE) as campaign:
+    with workspace.campaign("derive-policy", own) as campaign:
         with workspace.bench() as bench:
             deriver = _Deriver(args, workspace, campaign, bench, layers, utility)
             best = deriver.derive(wanted, records, own)
@@ -189,11 +191,11 @@ class _Deriver:
             "wrapper": NO_WRAPPER,
             "ranking": list(layers),
             "masks": MaskSettings(num_layers=1, num_masks=20),
-            "fsour": fsour_settings(args, 0),
+            "fsour": replace(fsour_settings(args), max_new_tokens=args.max_new_tokens),
             "suffix": SuffixSettings(),
         }
         # One seed for each of a prompt's suffixes.
-        self.suffix_seeds = [seed + 1000 * number for seed in workspace.seeds for number in range(args.suffixes)]
+        self.suffix_seeds = [seed + 1000 * number for seed in workspace.setup.seeds for number in range(args.suffixes)]
         self.suffixes: dict[tuple[int, str], list[str]] = {}
         # Those that made the undefended model comply.
         self.opening: set[tuple[int, str]] = set()
@@ -347,7 +349,7 @@ class _Deriver:
             benign, category = self.extra["benign"], self.extra["category"]
             measured = measure(bench, [], benign, category, [], [], **self.settings)
             if name == "none" or self._affordable({"measured": measured}):
-                measured |= measure(bench, self.items, [], [], ["fsour-adaptive"], self.workspace.seeds, **self.settings)
+                measured |= measure(bench, self.items, [], [], ["fsour-adaptive"], self.workspace.setup.seeds, **self.settings)
                 if self.suffixes:
                     replayed = {"found_suffixes": self.suffixes, **self.settings}
                     measured |= measure(bench, self.items, [], [], ["suffix-transfer"], self.suffix_seeds, **replayed)
@@ -387,7 +389,7 @@ class _Deriver:
             "rule": best["name"],
             "model": self.args.model,
             "data": self.args.data,
-            "seeds": self.workspace.seeds,
+            "seeds": self.workspace.setup.seeds,
             "undefended": self.undefended,
             "measured": best["measured"],
             **{name: own[name] for name in ("runs", "layers", "budget", "over_refusal", "confidence", "utility")},

@@ -11,6 +11,7 @@ from ..errors import RouteError
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
 from ..shape import ModelShape
+from . import show
 
 
 def add(commands: Any) -> None:
@@ -42,15 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(config, dict):
         raise RouteError(f"model config {path} is not a JSON object")
     shape = ModelShape.from_hf_config(config)
-    facts = {
-        "model_type": shape.model_type,
-        "fingerprint": shape.fingerprint,
-        "decoder_layers": shape.num_hidden_layers,
-        "moe_layers": list(shape.moe_layers),
-        "experts": shape.num_experts,
-        "top_k": shape.top_k,
-        "native_weights": shape.native_weights,
-    }
+    facts = show.facts_of(shape)
     policy = RoutePolicy.load(args.policy) if args.policy else None
     compiler = PlanCompiler(shape, policy)
     if policy is not None:
@@ -68,6 +61,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
         return 0
-    for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<26} {shape.describe_layers() if name == 'moe_layers' else value}")
+    print(show.facts(facts, shape))
     return 0

@@ -1,4 +1,4 @@
-"""Options that the commands share, and what they stand for."""
+"""Options that commands share, and the settings that they stand for."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RouteError
-from ..evaluation.datasets import PromptRecord, prompts_digest
-from ..evaluation.judges import Judge
+from ..evaluation.datasets import PromptRecord
 from ..policy import RoutePolicy
-from ..search.backend import Backend
-from ..study.bench import Bench, open_backend
-from ..study.judges import judge_of, make_judge
-from ..study.model import LAB, NO_WRAPPER, Item, Model, Wrapper
+from ..search.adaptive import AdaptiveSettings
+from ..search.fsour import STRATEGIES, FsourSettings
+from ..study.model import LAB
 from ..study.prompts import read_prompts
+from ..study.settings import EngineSettings, JudgeSettings
 
 
 def attribute_sentences(settings: type) -> dict[str, str]:
@@ -130,14 +127,14 @@ def utility_prompts(args: argparse.Namespace, split: str) -> dict[str, list[Prom
     return found
 
 
-def seeds_of(args: argparse.Namespace) -> list[int]:
+def seeds_of(text: str) -> tuple[int, ...]:
     """The seeds of `--seeds`."""
     try:
-        seeds = [int(part) for part in str(args.seeds).split(",")]
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise RouteError(f"--seeds {args.seeds!r} is not a list of integers separated by commas") from None
+        raise RouteError(f"--seeds {text!r} is not a list of integers separated by commas") from None
     if len(set(seeds)) != len(seeds):
-        raise RouteError(f"--seeds {args.seeds!r} repeats a seed")
+        raise RouteError(f"--seeds {text!r} repeats a seed")
     return seeds
 
 
@@ -152,99 +149,89 @@ def numbers_of(text: str, option: str) -> list[int]:
     return numbers
 
 
-class Workspace:
-    """What a command's options stand for. Everything that can be wrong with them is found here, before an engine starts.
-
-    Args:
-        args: parsed options.
-        wrapper: a prompt-level defence around every prompt.
-
-    """
-
-    def __init__(self, args: argparse.Namespace, wrapper: Wrapper | None = None) -> None:
-        self.args = args
-        self.model = Model(args.model)
-        self.policy = RoutePolicy.load(args.policy) if args.policy else None
-        if self.policy is not None:
-            self.policy.validate(self.model.shape)
-        self.wrapper = wrapper or (Wrapper("system", args.system) if getattr(args, "system", "") else NO_WRAPPER)
-        self.seeds = seeds_of(args)
-        self.records: list[PromptRecord] = read_prompts(args.data, args.limit, categories=args.category)
-        self.items = self.render(self.records)
-        judge_name = getattr(args, "judge", None) or (LAB if str(args.data).startswith("lab:") else "refusal")
-        self.judge: Judge = make_judge(
-            judge_name,
-            url=getattr(args, "judge_url", None),
-            model=getattr(args, "judge_model", None),
-            key_env=getattr(args, "judge_key_env", None),
-            timeout=getattr(args, "judge_timeout", 60.0),
-        )
-
-    def render(self, records: Sequence[PromptRecord], wrapper: Wrapper | None = None) -> list[Item]:
-        """Prompts as items; none may be longer than the model's context."""
-        items = [self.model.item(record, wrapper or self.wrapper) for record in records]
-        limit = self.args.max_model_len or self.model.config.get("max_position_embeddings")
-        for item in items:
-            needed = len(item.prompt.token_ids) + max(len(item.prompt.target), 1)
-            if limit is not None and needed > limit:
-                raise RouteError(
-                    f"prompt {item.prompt.id}: {len(item.prompt.token_ids)} tokens and a target of {len(item.prompt.target)} "
-                    f"do not fit the context of {limit}"
-                )
-        return items
-
-    def settings(self, command: str, **own: Any) -> dict[str, Any]:
-        """What decides the results, for the campaign's settings file."""
-        return {
-            "command": command,
-            "model": self.args.model,
-            "model_identity": self.model.identity,
-            "fingerprint": self.model.shape.fingerprint,
-            "data": self.args.data,
-            "prompts": prompts_digest(self.records),
-            "num_prompts": len(self.records),
-            "policy": self.policy.digest if self.policy else None,
-            "system": self.wrapper.system,
-            "judge": self.judge.name,
-            "dtype": self.args.dtype,
-            "seeds": self.seeds,
-            **own,
-        }
-
-    @contextmanager
-    def bench(self, policy: RoutePolicy | None = None, jitter: Mapping[str, Any] | None = None) -> Iterator[Bench]:
-        """An engine (or the servers) with what the searches need beside it."""
-        args = self.args
-        shared = getattr(args, "backend", None)
-        if shared is not None:
-            yield self._bench(shared)
-            return
-        engine_args = {}
-        for text in args.engine_arg:
-            name, equals, value = text.partition("=")
-            try:
-                engine_args[name] = json.loads(value)
-            except ValueError:
-                raise RouteError(f"--engine-arg {text!r} is not NAME=JSON") from None
-            if not equals:
-                raise RouteError(f"--engine-arg {text!r} is not NAME=JSON")
-        with open_backend(
-            self.model,
-            servers=args.server,
-            policy=policy or self.policy,
-            jitter=jitter,
+def setup_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the three first groups as the fields of `study.settings.Setup`."""
+    judging = {name: getattr(args, option) for name, option in _JUDGING.items() if hasattr(args, option)}
+    return {
+        "model": args.model,
+        "data": args.data,
+        "out": args.out,
+        "limit": args.limit,
+        "categories": tuple(args.category) if args.category else None,
+        "system": args.system,
+        "seeds": seeds_of(args.seeds),
+        "engine": EngineSettings(
+            servers=tuple(args.server),
+            policy=RoutePolicy.load(args.policy) if args.policy else None,
             max_model_len=args.max_model_len,
             dtype=args.dtype,
-            engine_args=engine_args,
-        ) as backend:
-            yield self._bench(backend)
+            arguments=dict(map(_engine_argument, args.engine_arg)),
+            concurrency=args.concurrency,
+        ),
+        "judging": JudgeSettings(**judging),
+    }
 
-    def _bench(self, backend: Backend) -> Bench:
-        items = {item.prompt.id: item for item in self.items}
-        return Bench(
-            self.model,
-            backend,
-            judge_of(self.model, self.judge, items),
-            getattr(self.args, "max_new_tokens", 64),
-            getattr(self.args, "keep_completions", False),
-        )
+
+# Field of `JudgeSettings` -> option.
+_JUDGING = {
+    "name": "judge",
+    "url": "judge_url",
+    "model": "judge_model",
+    "key_env": "judge_key_env",
+    "timeout": "judge_timeout",
+    "max_new_tokens": "max_new_tokens",
+    "keep_completions": "keep_completions",
+}
+
+
+def _engine_argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        if equals:
+            return name, json.loads(value)
+    except ValueError:
+        pass
+    raise RouteError(f"--engine-arg {text!r} is not NAME=JSON")
+
+
+def add_fsour_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the search itself."""
+    group = parser.add_argument_group("F-SOUR")
+    group.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default="paper",
+        help="paper: keep the first draw that improves; code: the published code's, keep the best of all draws; adaptive: this "
+        "project's own, the same goal with far fewer tokens",
+    )
+    group.add_argument(
+        "--draws", type=int, default=10, help="S3, draws at each (token, layer) (default: 10, as the paper and its code)"
+    )
+    group.add_argument("--attempts", type=int, default=5, help="S4, attempts with new draws (default: 5)")
+    group.add_argument("--tau", type=float, default=0.8, help="stop searching at this probability of the target (default: 0.8)")
+    group.add_argument("--min-gain", type=float, default=1e-4, help="nats that a draw must gain (default: 1e-4; bfloat16: 2e-2)")
+    group.add_argument(
+        "--library-prompts",
+        type=int,
+        default=4,
+        help="adaptive: this many prompts are attacked first, and the routes found there are where the others start; 0: none "
+        "(default: 4)",
+    )
+    sentences = attribute_sentences(AdaptiveSettings)
+    for field in fields(AdaptiveSettings):
+        option = f"--adaptive-{field.name.replace('_', '-')}"
+        text = f"adaptive: {sentences[field.name]} (default: {field.default})"
+        group.add_argument(option, type=type(field.default), default=field.default, help=text)
+
+
+def fsour_settings(args: argparse.Namespace) -> FsourSettings:
+    """The options of `add_fsour_options` as settings."""
+    adaptive = AdaptiveSettings(**{field.name: getattr(args, f"adaptive_{field.name}") for field in fields(AdaptiveSettings)})
+    return FsourSettings(
+        strategy=args.strategy,
+        num_draws=args.draws,
+        num_attempts=args.attempts,
+        tau=args.tau,
+        min_gain=args.min_gain,
+        adaptive=adaptive,
+    )

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..errors import RouteError
-from ..evaluation.statistics import Outcomes, mean_interval
 from ..search.rosais import LATER_LAYERS, SCORES, RosaisSettings
-from ..search.rules import share_masks
-from ..study.campaign import SUMMARY_FILE, Campaign, read_settings
-from ..study.jobs import VOLATILE, rosais_record, run_jobs
-from ..study.records import Rosais, read
-from .options import Workspace, add_data_options, add_model_options
+from ..study.run import run_rosais
+from ..study.settings import RosaisStudy
+from . import show
+from .options import add_data_options, add_model_options, setup_of
 
 
 def add(commands: Any) -> None:
@@ -54,79 +46,13 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def settings_of(args: argparse.Namespace) -> RosaisStudy:
+    """The options as settings."""
+    search = RosaisSettings(args.masks, score=args.score, later_layers=args.later_layers)
+    return RosaisStudy(**setup_of(args), search=search, same_masks=args.same_masks)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    workspace = Workspace(args)
-    settings = [RosaisSettings(args.masks, seed, args.score, args.later_layers) for seed in workspace.seeds]
-    draws_for = "dataset" if args.same_masks else None
-    own = {name: value for name, value in asdict(settings[0]).items() if name != "seed"}
-    with Campaign(args.out, workspace.settings("rosais", **own, draws_for=draws_for), volatile=VOLATILE) as campaign:
-        if not all(campaign.done((one.seed, item.prompt.id)) for one in settings for item in workspace.items):
-            with workspace.bench() as bench:
-                jobs = [
-                    (
-                        (one.seed, item.prompt.id),
-                        lambda _, item=item, one=one: rosais_record(bench, item, one, draws_for),
-                    )
-                    for one in settings
-                    for item in workspace.items
-                ]
-                run_jobs(campaign, bench.backend, jobs, label="RoSais", concurrency=args.concurrency)
-        summary = summarise(read(args.out, Rosais))
-        campaign.finish(summary)
-    print_table(summary)
+    print(show.rosais(run_rosais(settings_of(args))))
     return 0
-
-
-def finished_run(folder: Path, fingerprint: str) -> dict[str, Any]:
-    """The settings of a rosais run that another command builds on.
-
-    Raises:
-        RouteError: another command's folder, a run that has not ended, or one of another model.
-
-    """
-    settings = read_settings(folder)
-    if settings.get("command") != "rosais":
-        raise RouteError(f"{folder} is a run of {settings.get('command')}, not of rosais")
-    if settings.get("fingerprint") != fingerprint:
-        raise RouteError(f"{folder} scored model {settings.get('fingerprint')}, this is {fingerprint}")
-    if not (folder / SUMMARY_FILE).exists():
-        raise RouteError(f"{folder} has not ended; run its command again to go on")
-    return settings
-
-
-def summarise(records: Iterable[Rosais]) -> dict[str, Any]:
-    """Mean score of each layer with its interval over prompts and seeds, and the dataset-level score where masks were shared."""
-    found = list(records)
-    layers = {}
-    for layer in found[0].scores:
-        outcomes = Outcomes.from_rows((record.prompt, record.seed, record.scores[layer]) for record in found)
-        interval = mean_interval(outcomes)
-        entry: dict[str, Any] = {
-            "mean": round(interval.value, 3),
-            "low": round(interval.low, 3),
-            "high": round(interval.high, 3),
-        }
-        by_seed: dict[int, list[Rosais]] = {}
-        for record in found:
-            by_seed.setdefault(record.seed, []).append(record)
-        if all(len(same) > 1 and share_masks(same) for same in by_seed.values()):
-            best = [np.mean([one.gains[layer] for one in same], axis=0).max() for same in by_seed.values()]
-            entry["dataset"] = round(float(np.mean(best)), 3)
-        layers[str(layer)] = entry
-    ranking = sorted(layers, key=lambda layer: (-layers[layer]["mean"], int(layer)))
-    return {
-        "prompts": len({record.prompt for record in found}),
-        "seeds": sorted({record.seed for record in found}),
-        "layers": layers,
-        "ranking": [int(layer) for layer in ranking],
-    }
-
-
-def print_table(summary: Mapping[str, Any]) -> None:
-    """The summary as text."""
-    print(f"RoSais over {summary['prompts']} prompts, seeds {summary['seeds']} (nats, mean with 95% interval)")
-    for layer in summary["ranking"]:
-        entry = summary["layers"][str(layer)]
-        dataset = f"   dataset level {entry['dataset']:+.2f}" if "dataset" in entry else ""
-        print(f"  layer {layer:>3}   {entry['mean']:+.2f}  [{entry['low']:+.2f}, {entry['high']:+.2f}]{dataset}")

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..evaluation.statistics import Interval, Outcomes, mean_interval
 from ..study.records import Rosais
-from .rates import DIGITS, label_runs, mean
+from ..study.summary import DIGITS, interval_json, layer_scores
+from .rates import label_runs
 from .runs import Run, category_of
 
 # By category there are many intervals, each over few prompts.
-RESAMPLES, CATEGORY_RESAMPLES = 10_000, 2_000
+CATEGORY_RESAMPLES = 2_000
 
 
 def rosais(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -31,27 +33,30 @@ def _variant(run: Run) -> str:
 
 def _scores(run: Run) -> dict[str, Any]:
     records = run.records(Rosais)
-    layers = sorted({layer for record in records for layer in record.scores})
-    rows = {layer: [(record.prompt, record.seed, record.scores[layer]) for record in records] for layer in layers}
-    means = {layer: mean(rows[layer], RESAMPLES) for layer in layers}
-    ranking = sorted(layers, key=lambda layer: (-means[layer]["value"], layer))
-    dataset = _dataset(records)
+    found = layer_scores(records)
+    layers = sorted(found.rows)
     category = {record.prompt: category_of(record) for record in records}
     prompts = sorted(category, key=lambda prompt: (category[prompt], _natural(prompt)))
-    table = np.array([[_mean_of(rows[layer], prompt) for layer in layers] for prompt in prompts])
+    table = np.array([[_mean_of(found.rows[layer], prompt) for layer in layers] for prompt in prompts])
     return {
         "masks": run.settings.get("num_masks"),
         "num_prompts": len(prompts),
         "seeds": sorted({record.seed for record in records}),
         "layers": [
-            {"layer": layer, **means[layer], "dataset": dataset.get(layer), "rank": ranking.index(layer) + 1} for layer in layers
+            {
+                "layer": layer,
+                **_figures(found.means[layer]),
+                "dataset": round(found.dataset[layer], DIGITS) if layer in found.dataset else None,
+                "rank": found.ranking.index(layer) + 1,
+            }
+            for layer in layers
         ],
-        "ranking": ranking,
+        "ranking": list(found.ranking),
         "prompts": [
             {"prompt": prompt, "category": category[prompt], "scores": [round(float(score), DIGITS) for score in scores]}
             for prompt, scores in zip(prompts, table, strict=True)
         ],
-        "categories": _categories(rows, layers, category, table, prompts),
+        "categories": _categories(found.rows, layers, category, table, prompts),
     }
 
 
@@ -65,19 +70,11 @@ def _mean_of(rows: Sequence[tuple[Any, Any, float]], prompt: Any) -> float:
     return float(np.mean([score for other, _, score in rows if other == prompt]))
 
 
-def _dataset(records: Sequence[Rosais]) -> dict[int, float]:
-    """Dataset-level RoSais: the largest gain of one mask averaged over prompts; mean over the seeds. Empty if masks differ."""
-    by_seed: dict[int, list[Rosais]] = {}
-    for record in records:
-        by_seed.setdefault(record.seed, []).append(record)
-    values: dict[int, list[float]] = {}
-    for found in by_seed.values():
-        if len(found) < 2 or any(record.masks != found[0].masks for record in found):
-            return {}
-        for layer in found[0].gains:
-            gains = np.array([record.gains[layer] for record in found])
-            values.setdefault(layer, []).append(float(gains.mean(axis=0).max()))
-    return {layer: round(float(np.mean(of_seeds)), DIGITS) for layer, of_seeds in values.items()}
+def _figures(interval: Interval) -> dict[str, Any]:
+    """An interval as JSON values. Scores have no errors: what is missing has not been computed yet."""
+    figures = interval_json(interval, 0)
+    del figures["errors"]
+    return figures
 
 
 def _categories(
@@ -94,12 +91,15 @@ def _categories(
     entries = []
     for name in names:
         inside = np.array([category[prompt] == name for prompt in prompts])
-        means = [mean([row for row in rows[layer] if category[row[0]] == name], CATEGORY_RESAMPLES) for layer in layers]
+        means = [
+            mean_interval(Outcomes.from_rows(row for row in rows[layer] if category[row[0]] == name), resamples=CATEGORY_RESAMPLES)
+            for layer in layers
+        ]
         entries.append(
             {
                 "category": name,
                 "num_prompts": int(inside.sum()),
-                "layers": [{"layer": layer, **interval} for layer, interval in zip(layers, means, strict=True)],
+                "layers": [{"layer": layer, **_figures(interval)} for layer, interval in zip(layers, means, strict=True)],
                 "top_layer": layers[int(np.argmax(table[inside].mean(axis=0)))],
                 "rank_agreement": _spearman(table[inside].mean(axis=0), table[~inside].mean(axis=0)),
             }

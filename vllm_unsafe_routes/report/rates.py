@@ -9,11 +9,11 @@ from pathlib import PurePath
 from typing import Any
 
 from ..errors import RouteError
-from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval, paired_difference
-from ..study.records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Throughput, Utility
-from .runs import Run, category_of
+from ..evaluation.statistics import Interval, Outcomes, paired_difference
+from ..study import summary
+from ..study.records import Judged, Matrix, Throughput, Utility
+from .runs import NO_CATEGORY, Run
 
-DIGITS = 4
 # Names in the order in which they are shown.
 NAMES = {
     "none": "no attack",
@@ -54,7 +54,7 @@ class Tries:
     run: Run
     attack: str
     level: int | None
-    rows: list[tuple[Hashable, Hashable, bool | None]] = field(default_factory=list)
+    rows: list[summary.Row] = field(default_factory=list)
     categories: dict[Hashable, str] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
 
@@ -63,13 +63,13 @@ class Tries:
         """Attack and level as campaigns write them."""
         return self.attack if self.level is None else f"{self.attack}/{self.level}"
 
-    def add(self, prompt: Hashable, seed: Hashable, category: str | None, judged: Judged) -> None:
+    def add(self, one: summary.Try) -> None:
         """One judged answer."""
-        self.rows.append((prompt, seed, judged.success))
-        if category is not None:
-            self.categories[prompt] = category
-        if judged.success is None:
-            self.errors[error_kind(judged)] += 1
+        self.rows.append(one.row)
+        if one.category is not None:
+            self.categories[one.prompt] = one.category or NO_CATEGORY
+        if one.judged.success is None:
+            self.errors[error_kind(one.judged)] += 1
 
 
 def error_kind(judged: Judged) -> str:
@@ -81,20 +81,8 @@ def tries(runs: Iterable[Run]) -> list[Tries]:
     """All attacks of all runs, in the order in which they are shown."""
     found: dict[tuple[int, str, int | None], Tries] = {}
     for at, run in enumerate(runs):
-
-        def of(attack: str, level: int | None = None, at: int = at, run: Run = run) -> Tries:
-            return found.setdefault((at, attack, level), Tries(run, attack, level))
-
-        for plain in run.records(Answer):
-            of(plain.attack).add(plain.prompt, 0, category_of(plain), plain)
-        for mask in run.records(Mask):
-            for level, judged in mask.answers.items():
-                of(mask.attack, level).add(mask.prompt, mask.seed, category_of(mask), judged)
-        for shared in run.records(DatasetMask):
-            for prompt, judged in shared.answers.items():
-                of(shared.attack, shared.level).add(prompt, shared.seed, None, judged)
-        for search in run.records(Fsour):
-            of(search.attack).add(search.prompt, search.seed, category_of(search), search)
+        for one in summary.tries(entry.record for entry in run.entries):
+            found.setdefault((at, one.attack, one.level), Tries(run, one.attack, one.level)).add(one)
     order = list(NAMES)
     return sorted(found.values(), key=lambda one: (order.index(one.attack) if one.attack in NAMES else len(order), one.level or 0))
 
@@ -116,27 +104,10 @@ def label_runs(pairs: Sequence[tuple[str, Run]]) -> list[str]:
     return [f"{label} ({run.name})" if times[label] > 1 else label for label, (_, run) in zip(labels, pairs, strict=True)]
 
 
-def interval_json(interval: Interval) -> dict[str, Any]:
-    """An interval as JSON values."""
-    return {
-        "value": round(interval.value, DIGITS),
-        "low": round(interval.low, DIGITS),
-        "high": round(interval.high, DIGITS),
-        "prompts": interval.n_prompts,
-        "seeds": interval.n_seeds,
-        "errors": interval.n_errors,
-    }
-
-
-def rate(rows: Sequence[tuple[Hashable, Hashable, bool | None]], where: str) -> dict[str, Any]:
-    """Share of true results with its 95% interval; without any verdict only the number of errors."""
+def rate(rows: Sequence[summary.Row], where: str) -> dict[str, Any]:
+    """`summary.rate`; `where` names the rows in an error."""
     try:
-        outcomes = Outcomes.from_rows(rows)
-        missing = sum(1 for _, _, result in rows if result is None)
-        if missing == len(rows):
-            return {"value": None, "low": None, "high": None, "prompts": 0, "seeds": 0, "errors": missing}
-        # A cell that a running campaign has not come to is no error.
-        return interval_json(attack_success_rate(outcomes)) | {"errors": missing}
+        return summary.rate(rows)
     except RouteError as error:
         raise RouteError(f"{where}: {error}") from None
 
@@ -175,7 +146,8 @@ def differences(found: Sequence[Tries]) -> list[dict[str, Any]]:
     for first, second in _comparable(found):
         interval = _paired(first, second)
         if interval is not None:
-            entry = {"attack": labels[id(second)], "minus": labels[id(first)], **interval_json(interval)}
+            entry = {"attack": labels[id(second)], "minus": labels[id(first)]}
+            entry |= summary.interval_json(interval, interval.n_errors)
             entry["left_out"] = entry.pop("errors")
             entries.append(entry)
     return entries
@@ -285,9 +257,6 @@ def utility(runs: Iterable[Run]) -> list[dict[str, Any]]:
             for kind in sorted({kind for other, kind in groups if other == defence}):
                 found = groups[defence, kind]
                 where = f"run {run.name}, utility of {kind} prompts under {defence}"
-                right = [(record.prompt, record.seed, record.right) for record in found]
-                # Without a verdict nobody knows whether it was a refusal.
-                refused = [(record.prompt, record.seed, None if record.right is None else record.refused) for record in found]
                 entries.append(
                     {
                         "run": run.name,
@@ -295,17 +264,9 @@ def utility(runs: Iterable[Run]) -> list[dict[str, Any]]:
                         "label": defence_name(defence),
                         "kind": kind,
                         "kind_label": KINDS.get(kind, kind),
-                        "right": rate(right, where),
-                        "refused": rate(refused, where),
+                        "right": rate([summary.utility_row(one, "right") for one in found], where),
+                        "refused": rate([summary.utility_row(one, "refused") for one in found], where),
                         "tokens_per_s": speed.get(defence),
                     }
                 )
     return entries
-
-
-def mean(rows: Iterable[tuple[Hashable, Hashable, float]], resamples: int) -> dict[str, Any]:
-    """Mean of scores with its 95% interval."""
-    entry = interval_json(mean_interval(Outcomes.from_rows(rows), resamples=resamples))
-    # Scores have no errors: what is missing has not been computed yet.
-    del entry["errors"]
-    return entry

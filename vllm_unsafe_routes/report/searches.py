@@ -11,7 +11,8 @@ import numpy as np
 
 from ..search.attempt import AttemptState
 from ..study.records import AttemptNote, DatasetMask, Fsour, Mask, Matrix, Rosais
-from .rates import DIGITS, NAMES, defence_name, label_runs, matrix_name, name_of
+from ..study.summary import DIGITS, TOTALS, total
+from .rates import NAMES, defence_name, label_runs, matrix_name, name_of
 from .runs import Run
 
 GRID_POINTS = 120
@@ -218,14 +219,8 @@ def costs(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 def _cost(found: Sequence[Mask | DatasetMask | Fsour | Matrix]) -> dict[str, Any]:
     """Sums over the searches that counted; a cell of a matrix does not know what one by one would have needed."""
-
-    def total(name: str) -> int | None:
-        values: list[Any] = [getattr(record, name, None) for record in found]
-        return None if None in values else sum(values)
-
-    tokens, computed = total("tokens"), total("computed_tokens")
-    entry = {"searches": len(found)} | {name: total(name) for name in ("attempts", "candidates", "needed")}
-    entry |= {"tokens": tokens, "computed_tokens": computed}
+    entry: dict[str, Any] = {"searches": len(found)} | {name: total(found, name) for name in TOTALS}
+    tokens, computed = entry["tokens"], entry["computed_tokens"]
     if tokens is None or computed is None:
         return entry
     reuse = round(1 - computed / tokens, 4) if tokens else None

@@ -1,0 +1,77 @@
+"""Summaries as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..shape import ModelShape
+
+
+def facts_of(shape: ModelShape) -> dict[str, Any]:
+    """What `inspect` says of a model."""
+    return {
+        "model_type": shape.model_type,
+        "fingerprint": shape.fingerprint,
+        "decoder_layers": shape.num_hidden_layers,
+        "moe_layers": list(shape.moe_layers),
+        "experts": shape.num_experts,
+        "top_k": shape.top_k,
+        "native_weights": shape.native_weights,
+    }
+
+
+def facts(found: Mapping[str, Any], shape: ModelShape) -> str:
+    """Facts about a model of this shape, a line each."""
+    named = {**found, "moe_layers": shape.describe_layers()}
+    return "\n".join(f"{name.replace('_', ' '):<26} {value}" for name, value in named.items())
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """A rate with its interval; where no answer could be judged only the number of errors."""
+    if entry["value"] is None:
+        return f"no verdict ({entry['errors']} errors)"
+    errors = f"  {entry['errors']} without verdict" if entry["errors"] else ""
+    return f"{entry['value']:.2f}  [{entry['low']:.2f}, {entry['high']:.2f}]{errors}"
+
+
+def rosais(summary: Mapping[str, Any]) -> str:
+    """Layers by their score."""
+    lines = [f"RoSais over {summary['prompts']} prompts, seeds {summary['seeds']} (nats, mean with 95% interval)"]
+    for layer in summary["ranking"]:
+        entry = summary["layers"][str(layer)]
+        dataset = f"   dataset level {entry['dataset']:+.2f}" if "dataset" in entry else ""
+        lines.append(f"  layer {layer:>3}   {entry['mean']:+.2f}  [{entry['low']:+.2f}, {entry['high']:+.2f}]{dataset}")
+    return "\n".join(lines)
+
+
+def masks(summary: Mapping[str, Any]) -> str:
+    """ASR by attack and number of layers."""
+    lines = ["ASR with 95% interval"]
+    for name, entry in summary["asr"].items():
+        attack, _, level = name.partition("/")
+        label = f"{attack}, {level} layer{'s' if level != '1' else ''}" if level else "no attack"
+        lines.append(f"  {label:<28} {interval(entry)}")
+    return "\n".join(lines)
+
+
+def fsour(summary: Mapping[str, Any], strategy: str) -> str:
+    """ASR and what it cost."""
+    return (
+        f"F-SOUR ({strategy})   ASR {interval(summary['asr'])}\n"
+        f"  {summary['attempts']} attempts, {summary['candidates']} candidates ({summary['needed']} one by one), "
+        f"{summary['computed_tokens']} of {summary['tokens']} tokens computed"
+    )
+
+
+def matrix(summary: Mapping[str, Any]) -> str:
+    """Attacks by defences, with utility and speed."""
+    lines = []
+    for defence, row in summary["asr"].items():
+        lines += ["", f"defence: {defence}"]
+        lines += [f"  ASR, {attack:<22} {interval(entry)}" for attack, entry in row.items()]
+        for kind, entry in summary["utility"].get(defence, {}).items():
+            lines.append(f"  {'benign answers right' if kind == 'benign' else 'over-refusal':<27} {interval(entry)}")
+        if defence in summary["tokens_per_s"]:
+            lines.append(f"  {'tokens/s':<27} {summary['tokens_per_s'][defence]:.0f}")
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What a study is asked to do: frozen values, made once, that everything below a command line goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RouteError
+from ..policy import RoutePolicy
+from ..search.fsour import FsourSettings
+from ..search.masking import ATTACKS, MaskSettings
+from ..search.rosais import RosaisSettings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Where requests run.
+
+    Attributes:
+        servers: base URLs of replicas; empty: an engine in this process.
+        policy: what the engine enforces, or the servers.
+        max_model_len: longest request in tokens; None: the model's own.
+        dtype: of the weights, as vLLM takes it; "float32" makes scores repeatable to 1e-6.
+        arguments: further arguments of `vllm.LLM`.
+        concurrency: prompts in flight at one time.
+
+    """
+
+    servers: tuple[str, ...] = ()
+    policy: RoutePolicy | None = None
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    """How answers are made and judged.
+
+    Attributes:
+        name: `lab`, `refusal` or a template file; None: `lab` on prompts of the lab language, else `refusal`.
+        url: OpenAI-compatible endpoint of a judge model, up to and including /v1.
+        model: the judge model's name there.
+        key_env: environment variable with the endpoint's key; None: it needs none.
+        timeout: seconds for one try at the endpoint.
+        max_new_tokens: length of a judged answer.
+        keep_completions: also record completions that were judged harmful or could not be judged.
+
+    """
+
+    name: str | None = None
+    url: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+    timeout: float = 60.0
+    max_new_tokens: int = 64
+    keep_completions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every study needs.
+
+    Attributes:
+        model: a Hugging Face folder, or `lab` for the model that ships with this package.
+        data: prompts, as `study.prompts.read_prompts` takes them.
+        out: folder of the run; an interrupted run goes on with the same settings.
+        limit: draw so many prompts.
+        categories: keep prompts of these only.
+        system: system message put before every prompt.
+        seeds: of the draws, each on its own.
+        engine: where requests run.
+        judging: how answers are judged.
+
+    """
+
+    model: str
+    data: str
+    out: Path
+    limit: int | None = None
+    categories: tuple[str, ...] | None = None
+    system: str = ""
+    seeds: tuple[int, ...] = (0,)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    judging: JudgeSettings = field(default_factory=JudgeSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RosaisStudy(Setup):
+    """RoSais of every layer.
+
+    Attributes:
+        search: settings of the score; its seed is that of `seeds` in turn.
+        same_masks: the same masks for every prompt, which the dataset level needs.
+
+    """
+
+    search: RosaisSettings = field(default_factory=RosaisSettings)
+    same_masks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskStudy(Setup):
+    """Router masking with its controls.
+
+    Attributes:
+        rosais: folder of a RoSais run on other prompts, for the ranking of layers and the score.
+        levels: numbers of masked layers; those beyond what the model has count as all of them.
+        attacks: of `search.masking.ATTACKS`.
+        chosen_on: dataset level: one set of masks for all prompts, chosen on these; None: each prompt has masks of its own.
+        chosen_limit: prompts drawn of `chosen_on`.
+        search: the other settings; seed, score and number of layers come from the fields above.
+
+    """
+
+    rosais: Path
+    levels: tuple[int, ...] = (1, 2, 5)
+    attacks: tuple[str, ...] = ATTACKS
+    chosen_on: str | None = None
+    chosen_limit: int = 24
+    search: MaskSettings = field(default_factory=MaskSettings)
+
+    def __post_init__(self) -> None:
+        if not self.levels or min(self.levels) < 1:
+            raise RouteError(f"levels must be 1 or more, got {list(self.levels)}")
+        unknown = set(self.attacks) - set(ATTACKS)
+        if unknown:
+            raise RouteError(f"attack {sorted(unknown)[0]!r} is not one of {', '.join(ATTACKS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsourStudy(Setup):
+    """F-SOUR on every prompt.
+
+    Attributes:
+        search: settings of the search; its seed is that of `seeds` in turn, its length of an answer that of `judging`.
+        library_prompts: strategy `adaptive`: this many prompts are attacked first, and the routes found there are where the others
+            start.
+        artifact: also write a JailbreakBench attack artifact to this file.
+
+    """
+
+    search: FsourSettings = field(default_factory=FsourSettings)
+    library_prompts: int = 4
+    artifact: Path | None = None

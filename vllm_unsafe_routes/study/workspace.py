@@ -1,0 +1,113 @@
+"""What a study's settings stand for: model, prompts, judge, and the place where its searches run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import RouteError
+from ..evaluation.datasets import PromptRecord, prompts_digest
+from ..evaluation.judges import Judge
+from ..policy import RoutePolicy
+from ..search.backend import Backend
+from .bench import Bench, open_backend
+from .campaign import Campaign
+from .jobs import VOLATILE
+from .judges import judge_of, make_judge
+from .model import LAB, NO_WRAPPER, Item, Model, Wrapper
+from .prompts import read_prompts
+from .settings import Setup
+
+
+class Workspace:
+    """A study's model, prompts and judge. Everything that can be wrong with its settings is found here, before an engine starts.
+
+    Args:
+        setup: the settings.
+        backend: where requests run, already open and never closed here; None: opened as the settings say.
+
+    Raises:
+        RouteError: whatever does not exist, does not fit the model, or is too long for it.
+
+    """
+
+    def __init__(self, setup: Setup, backend: Backend | None = None) -> None:
+        self.setup = setup
+        self.model = Model(setup.model)
+        if setup.engine.policy is not None:
+            setup.engine.policy.validate(self.model.shape)
+        self.wrapper = Wrapper("system", setup.system) if setup.system else NO_WRAPPER
+        self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories)
+        self.items = self.render(self.records)
+        judging = setup.judging
+        self.judge: Judge = make_judge(
+            judging.name or (LAB if setup.data.startswith("lab:") else "refusal"),
+            url=judging.url,
+            model=judging.model,
+            key_env=judging.key_env,
+            timeout=judging.timeout,
+        )
+        self._backend = backend
+
+    def render(self, records: Sequence[PromptRecord], wrapper: Wrapper | None = None) -> list[Item]:
+        """Prompts as items; none may be longer than the model's context."""
+        items = [self.model.item(record, wrapper or self.wrapper) for record in records]
+        limit = self.setup.engine.max_model_len or self.model.config.get("max_position_embeddings")
+        for item in items:
+            needed = len(item.prompt.token_ids) + max(len(item.prompt.target), 1)
+            if limit is not None and needed > limit:
+                raise RouteError(
+                    f"prompt {item.prompt.id}: {len(item.prompt.token_ids)} tokens and a target of {len(item.prompt.target)} "
+                    f"do not fit the context of {limit}"
+                )
+        return items
+
+    def campaign(self, command: str, own: Mapping[str, Any]) -> Campaign:
+        """The run folder; `own` is what decides the results beside what all studies share."""
+        setup = self.setup
+        settings: dict[str, Any] = {
+            "command": command,
+            "model": setup.model,
+            "model_identity": self.model.identity,
+            "fingerprint": self.model.shape.fingerprint,
+            "data": setup.data,
+            "prompts": prompts_digest(self.records),
+            "num_prompts": len(self.records),
+            "policy": setup.engine.policy.digest if setup.engine.policy else None,
+            "system": self.wrapper.system,
+            "judge": self.judge.name,
+            "dtype": setup.engine.dtype,
+            "seeds": list(setup.seeds),
+        }
+        return Campaign(setup.out, {**settings, **own}, volatile=VOLATILE)
+
+    @contextmanager
+    def bench(self, policy: RoutePolicy | None = None, jitter: Mapping[str, Any] | None = None) -> Iterator[Bench]:
+        """An engine (or the servers) with what the searches need beside it.
+
+        Args:
+            policy: instead of the settings'.
+            jitter: noise on router logits.
+
+        """
+        if self._backend is not None:
+            yield self._bench(self._backend)
+            return
+        engine = self.setup.engine
+        with open_backend(
+            self.model,
+            servers=engine.servers,
+            policy=policy or engine.policy,
+            jitter=jitter,
+            max_model_len=engine.max_model_len,
+            dtype=engine.dtype,
+            engine_args=engine.arguments,
+        ) as backend:
+            yield self._bench(backend)
+
+    def _bench(self, backend: Backend) -> Bench:
+        items = {item.prompt.id: item for item in self.items}
+        judging = self.setup.judging
+        judge = judge_of(self.model, self.judge, items)
+        return Bench(self.model, backend, judge, judging.max_new_tokens, judging.keep_completions)
