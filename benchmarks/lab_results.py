@@ -140,29 +140,24 @@ def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, 
 
 def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
     """(table, row, column, prompt, success) of one model's campaigns."""
-    from vllm_unsafe_routes.study.campaign import read_records
+    from vllm_unsafe_routes.study.records import Fsour, Matrix, Record, Utility, read
+    from vllm_unsafe_routes.study.summary import tries, utility_row
 
-    for record in read_records(folder / "masks") if (folder / "masks").exists() else ():
-        if record["type"] == "answer":
-            yield "attacks", "no attack", "ASR", record["prompt"], record["success"]
-        else:
-            for level, judged in record["answers"].items():
-                yield "attacks", f"{record['attack']}, {level}", "ASR", record["prompt"], judged["success"]
+    for one in tries(read(folder / "masks", Record)):
+        yield "attacks", f"{one.attack}, {one.level}" if one.level else "no attack", "ASR", one.prompt, one.judged.success
     for strategy in STRATEGIES:
-        run = folder / f"fsour-{strategy}"
-        for record in read_records(run) if run.exists() else ():
-            if record["type"] == "fsour":
-                yield "attacks", f"F-SOUR {strategy}", "ASR", record["prompt"], record["success"]
+        for one in tries(read(folder / f"fsour-{strategy}", Fsour)):
+            yield "attacks", f"F-SOUR {strategy}", "ASR", one.prompt, one.judged.success
     for run in ("matrix", "matrix-control", "matrix-robust"):
-        for record in read_records(folder / run) if (folder / run).exists() else ():
-            if run == "matrix-control" and record["defence"] == "none":
+        for record in (one for one in read(folder / run, Record) if isinstance(one, Matrix | Utility)):
+            if run == "matrix-control" and record.defence == "none":
                 continue
-            row = "route noise in safety tuning (another model)" if run == "matrix-robust" else defence_name(record["defence"])
-            if record["type"] == "matrix":
-                yield "defences", row, record["attack"], record["prompt"], record["success"]
-            elif record["type"] == "utility":
-                right = record["right"] if record["kind"] == "benign" else record["refused"]
-                yield "defences", row, "benign right" if record["kind"] == "benign" else "over-refusal", record["prompt"], right
+            row = "route noise in safety tuning (another model)" if run == "matrix-robust" else defence_name(record.defence)
+            if isinstance(record, Matrix):
+                yield "defences", row, record.attack, record.prompt, record.success
+            else:
+                column, kind = ("benign right", "right") if record.kind == "benign" else ("over-refusal", "refused")
+                yield "defences", row, column, record.prompt, utility_row(record, kind)[-1]
 
 
 def defence_name(name: str) -> str:
@@ -173,7 +168,8 @@ def defence_name(name: str) -> str:
 
 def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict[str, int]) -> list[dict[str, Any]]:
     """One line a figure, with intervals over prompts and models; a model whose cell is not finished is left out of it."""
-    from vllm_unsafe_routes.evaluation.statistics import Outcomes, attack_success_rate, paired_difference
+    from vllm_unsafe_routes.evaluation.statistics import Outcomes, paired_difference
+    from vllm_unsafe_routes.study.summary import interval_json, rate
 
     cells: dict[tuple[str, str, str], dict[tuple[str, int], list[Any]]] = {}
     for seed in seeds:
@@ -197,15 +193,15 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
         # Several controls of one model are one outcome each, told apart by a part of the prompt's name.
         results = [(f"{prompt}#{at}", seed, one) for (prompt, seed), many in found.items() for at, one in enumerate(many)]
         outcomes[table, row, column] = Outcomes.from_rows(results)
-        interval = attack_success_rate(outcomes[table, row, column])
-        lines.append({"table": table, "row": row, "column": column} | figures(interval))
+        lines.append({"table": table, "row": row, "column": column} | columns(rate(results)))
     if "attacks" not in parts:
         return lines
     for control, level in itertools.product(("random-layers", "random-masks"), LEVELS):
         pair = [outcomes.get(("attacks", f"{name}, {level}", "ASR")) for name in (control, "rosais")]
         if None not in pair:
             about = {"table": "attacks", "row": f"rosais, {level}", "column": f"more than {control}"}
-            lines.append(about | figures(paired_difference(*pair)))
+            difference = paired_difference(*pair)
+            lines.append(about | columns(interval_json(difference, difference.n_errors)))
     tokens = {
         strategy: [cost(runs / f"seed-{seed}" / f"fsour-{strategy}") for seed in seeds]
         for strategy in ("paper", "code", "adaptive")
@@ -219,10 +215,9 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
     return lines
 
 
-def figures(interval: Any) -> dict[str, Any]:
-    """An interval's columns."""
-    rounded = {name: round(getattr(interval, name), 4) for name in ("value", "low", "high")}
-    return rounded | {"prompts": interval.n_prompts, "models": interval.n_seeds, "errors": interval.n_errors}
+def columns(entry: dict[str, Any]) -> dict[str, Any]:
+    """A figure's columns; the seeds of its interval are models here."""
+    return {"models" if name == "seeds" else name: value for name, value in entry.items()}
 
 
 def cost(folder: Path) -> dict[str, float]:

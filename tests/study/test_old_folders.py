@@ -7,6 +7,7 @@ commands' tables, the report's numbers, the lines of the lab tables. A run's own
 from __future__ import annotations
 
 import json
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from vllm_unsafe_routes.study import summary
 from vllm_unsafe_routes.study.campaign import CampaignError, read_lines
 from vllm_unsafe_routes.study.records import KINDS, Fsour, Record, Rosais, Unknown, entries, name_of_type, read
 
+LAB_RESULTS = Path(__file__).parents[2] / "benchmarks" / "lab_results.py"
 FOLDERS, GOLDEN = Path(__file__).parent / "folders", Path(__file__).parent / "golden"
 NAMES = sorted(path.name for path in FOLDERS.iterdir())
 REPORTED = ("rosais", "rosais-own-masks", "masks", "dataset-masks", "fsour-paper", "fsour-adaptive", "matrix", "no-verdict")
@@ -77,6 +79,15 @@ def test_the_report_s_numbers_are_the_same():
     assert plain(report).keys() == expected.keys()
     for part, numbers in plain(report).items():
         assert numbers == expected[part], part
+
+
+def test_the_lines_of_the_lab_tables_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(LAB_RESULTS.parent))
+    lab_results = SourceFileLoader("lab_results", str(LAB_RESULTS)).load_module()
+    (tmp_path / "seed-0").symlink_to(FOLDERS)
+    expected = golden("lab_results.json")
+    assert plain(list(lab_results.rows_of(FOLDERS))) == expected["rows"]
+    assert lab_results.tabulate([0], tmp_path, ("defences",), {"attacks": 3, "defences": 2}) == expected["lines"]
 
 
 # What is no record.
