@@ -84,7 +84,7 @@ test-long: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vllm_unsafe_routes kernels
+	MYPYPATH=tests/support $(BIN)/mypy vllm_unsafe_routes kernels benchmarks
 
 house: setup
 	@$(ENV) $(BIN)/python tests/support/house.py

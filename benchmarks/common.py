@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -40,6 +40,8 @@ _FACTS = "UNSAFE_ROUTES_BENCH_FACTS"
 
 Row = dict[str, Any]
 Rows = list[Row]
+# A child: yields "ready", is sent commands and yields answers.
+Talk = Generator[Any, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,11 +480,11 @@ class Child:
         self._answers.close()
 
 
-def serve_child(functions: dict[str, Callable[[dict[str, Any]], Iterator[Any]]]) -> bool:
+def serve_child(functions: Mapping[str, Callable[[dict[str, Any]], Talk]]) -> bool:
     """Be the child if this process was started as one.
 
     Args:
-        functions: kind -> generator function of the options; it yields "ready" first, is sent commands and yields answers.
+        functions: kind -> what the child does, given its options.
 
     """
     if "--child" not in sys.argv:
@@ -498,7 +500,7 @@ def serve_child(functions: dict[str, Callable[[dict[str, Any]], Iterator[Any]]])
         stream.flush()
 
     try:
-        talk: Any = functions[args.child](args.options)
+        talk = functions[args.child](args.options)
         answer(next(talk))
         for line in sys.stdin:
             answer(talk.send(json.loads(line)))

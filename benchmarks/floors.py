@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +28,7 @@ from common import (
     Row,
     Rows,
     Run,
+    Talk,
     engine_environment,
     engine_settings,
     markdown,
@@ -57,12 +58,13 @@ def kind_of(name: str) -> str:
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
-def measure_ceilings(options: dict[str, Any]) -> Iterator[Any]:
+def measure_ceilings(options: dict[str, Any]) -> Talk:
     """Child: copy bandwidth and matrix rate, medians."""
     import torch
 
     tiny = options["rehearse"]
-    device, wait = ("cpu", lambda: None) if tiny else ("cuda", torch.cuda.synchronize)
+    device = "cpu" if tiny else "cuda"
+    wait: Callable[[], None] = (lambda: None) if tiny else torch.cuda.synchronize
 
     def median(call: Callable[[], Any]) -> float:
         taken = []
@@ -173,7 +175,7 @@ class Engine:
         """Seconds."""
         import torch
 
-        wait = (lambda: None) if self.tiny else torch.cuda.synchronize
+        wait: Callable[[], None] = (lambda: None) if self.tiny else torch.cuda.synchronize
         wait()
         start = time.perf_counter()
         call()
@@ -182,7 +184,6 @@ class Engine:
 
     def profiled(self, call: Callable[[], None]) -> dict[str, float]:
         """Seconds by kernel (on CPU by operator)."""
-        import torch
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU] if self.tiny else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -191,12 +192,12 @@ class Engine:
         totals: dict[str, float] = {}
         for event in recorded.key_averages():
             took = event.self_cpu_time_total if self.tiny else event.self_device_time_total
-            if took and (self.tiny or event.device_type == torch.autograd.DeviceType.CUDA):
+            if took and (self.tiny or event.device_type.name == "CUDA"):
                 totals[event.key] = totals.get(event.key, 0.0) + took / 1e6
         return totals
 
 
-def serve_engine(options: dict[str, Any]) -> Iterator[Any]:
+def serve_engine(options: dict[str, Any]) -> Talk:
     """Child: runs a workload when told to."""
     engine = Engine(options)
     command = yield "ready"

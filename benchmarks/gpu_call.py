@@ -202,7 +202,7 @@ def short_tables(call: Call) -> str:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("call", choices=CALLS)
+    options.add_argument("call", choices=CALLS, metavar="CALL", help=", ".join(CALLS))
     options.add_argument("--engine", help='an archive of pack_engine.py or "installed" (default: build/engine.tar.xz)')
     options.add_argument("--rehearse", action="store_true", help="every step on CPU with tiny shapes and the installed engine")
     options.add_argument("--slower", type=float, default=1.0, help="deadlines of a rehearsal times this, for a busy machine")
@@ -210,7 +210,7 @@ def main() -> int:
     args = options.parse_args()
     scratch = (args.scratch or Path(tempfile.mkdtemp(prefix="unsafe-routes-call-"))).resolve()
     call = Call(args.call, args.rehearse, scratch, Path(os.environ.get("OUT") or ROOT / "runs/gpu").resolve())
-    signal.signal(signal.SIGTERM, lambda *_: (call.end_part(), sys.exit(143)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ended = threading.Event()
     copier = threading.Thread(target=call.copy_until, args=(ended,), daemon=True)
     copier.start()

@@ -90,7 +90,7 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         """Tokens of one launch."""
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def bytes_per_launch(problem: Problem, contestant: Contestant) -> int:
         of_token += 4
     if contestant.directive in ("masked", "forced"):
         of_token += 4 + 4 * ((experts + 31) // 32) + 4 * top_k
-    return problem.num_tokens * of_token
+    return int(problem.num_tokens * of_token)
 
 
 def check(problem: Problem, contestant: Contestant, call: Callable[[int], Routes]) -> None:
@@ -194,13 +194,14 @@ def _slots(num_slots: int, num_tokens: int, width: int, dtype: torch.dtype, devi
     """[num_slots, num_tokens, width] whose slots begin at aligned addresses, as tensors of their own would."""
     size = num_tokens * width
     storage = torch.empty(num_slots, (size + 127) // 128 * 128, dtype=dtype, device=device)
-    return storage[:, :size].unflatten(1, (num_tokens, width))
+    slots: torch.Tensor = storage[:, :size].unflatten(1, (num_tokens, width))
+    return slots
 
 
 def _outputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    sizes = (*problem.logits.shape[:2], problem.shape.spec.top_k)
-    device = problem.logits.device
-    return _slots(*sizes, torch.float32, device).fill_(UNTOUCHED), _slots(*sizes, torch.int32, device).fill_(UNTOUCHED)
+    (slots, tokens), top_k, device = problem.logits.shape[:2], problem.shape.spec.top_k, problem.logits.device
+    made = [_slots(slots, tokens, top_k, dtype, device).fill_(UNTOUCHED) for dtype in (torch.float32, torch.int32)]
+    return made[0], made[1]
 
 
 def _ours(problem: Problem, directive: str | None, rewrites: bool = False, keeps: bool = False) -> Callable[[int], Routes]:
@@ -210,7 +211,7 @@ def _ours(problem: Problem, directive: str | None, rewrites: bool = False, keeps
     rows = None if directive is None else problem.rows
 
     def call(slot: int) -> Routes:
-        return route_topk(
+        found: Routes = route_topk(
             problem.logits[slot],
             row_index,
             rows,
@@ -222,6 +223,7 @@ def _ours(problem: Problem, directive: str | None, rewrites: bool = False, keeps
             routes_ids=None if kept_ids is None else kept_ids[slot],
             routes_weights=None if kept_weights is None else kept_weights[slot],
         )
+        return found
 
     return call
 
@@ -290,7 +292,7 @@ def _vllm_grouped(problem: Problem) -> Callable[[int], Routes]:
     spec = problem.shape.spec
 
     def call(slot: int) -> Routes:
-        return operator(
+        found: Routes = operator(
             problem.logits[slot],
             spec.num_expert_group,
             spec.topk_group,
@@ -300,6 +302,7 @@ def _vllm_grouped(problem: Problem) -> Callable[[int], Routes]:
             problem.correction_bias,
             1,
         )
+        return found
 
     return call
 

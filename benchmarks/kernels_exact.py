@@ -100,13 +100,14 @@ def check_row_index(device: str, seed: int) -> None:
     """A random step's row index against the vectorised reference on CPU."""
     rng = random.Random(seed)
     num_layers, num_slots = rng.randrange(1, 28), 12
-    base, listed, prompt_len, cells = [-1] * num_slots, [0] * num_slots, [0] * num_slots, []
+    base, listed, prompt_len = [-1] * num_slots, [0] * num_slots, [0] * num_slots
+    cells: list[int] = []
     for slot in range(1, num_slots):
         listed[slot], prompt_len[slot] = rng.randrange(0, 40), rng.randrange(40, 80)
         base[slot] = len(cells)
         cells += [rng.randrange(-1, 400) for _ in range(num_layers * (listed[slot] + 2))]
     mapping = [rng.randrange(num_slots) for _ in range(rng.randrange(1, 20))]
-    starts, positions = [0], []
+    starts, positions = [0], list[int]()
     for _ in mapping:
         start = rng.randrange(0, 90)
         positions += range(start, start + rng.choice([1, 1, 1, rng.randrange(1, 300)]))

@@ -37,7 +37,16 @@ STRATEGIES = ("paper", "code", "adaptive")
 COSTS = ("tokens a prompt", "tokens a prompt, one by one")
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
-DERIVE = ("--rule", "protect", "--rule", "greedy", "--protections", "1,2,3", "--greedy-bans", "8,16,24,28,32,36,40")
+DERIVE: tuple[str, ...] = (
+    "--rule",
+    "protect",
+    "--rule",
+    "greedy",
+    "--protections",
+    "1,2,3",
+    "--greedy-bans",
+    "8,16,24,28,32,36,40",
+)
 DERIVE += ("--greedy-harmless", "400", "--keep", "3")
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
 DERIVE += ("--benign", "lab:search:benign", "--benign", "lab:tune:benign", "--confidence", "0.8")
@@ -57,7 +66,7 @@ def model_of(seed: int, runs: Path, preset: str = "default") -> str:
         return "lab"
     folder = runs / (f"model-{seed}" if preset == "default" else f"{preset}-{seed}")
     if not (folder / "lab.json").exists():
-        words = ["--preset", preset, "--seed", str(seed), "--out", folder]
+        words = ["--preset", preset, "--seed", str(seed), "--out", str(folder)]
         subprocess.run([sys.executable, "-m", "vllm_unsafe_routes.lab.train", *words], check=True)
     return str(folder)
 
@@ -82,7 +91,7 @@ def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, 
     """
     model, out = model_of(seed, runs), runs / f"seed-{seed}"
     shared = ["--dtype", "float32", "--seeds", seed]
-    common = ["--model", model, *shared]
+    common: list[Any] = ["--model", model, *shared]
     judging = ["--judge", "lab", "--max-new-tokens", 32]
     judged = [*common, *judging]
     masks = 4 if small else 100
@@ -189,18 +198,18 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
                     cells.setdefault(key, {}).setdefault((prompt, seed), []).append(success)
     lines = []
     outcomes = {}
-    for (table, row, column), found in cells.items():
+    for (table, row, column), outcome in cells.items():
         # Several controls of one model are one outcome each, told apart by a part of the prompt's name.
-        results = [(f"{prompt}#{at}", seed, one) for (prompt, seed), many in found.items() for at, one in enumerate(many)]
+        results = [(f"{prompt}#{at}", seed, one) for (prompt, seed), many in outcome.items() for at, one in enumerate(many)]
         outcomes[table, row, column] = Outcomes.from_rows(results)
         lines.append({"table": table, "row": row, "column": column} | columns(rate(results)))
     if "attacks" not in parts:
         return lines
     for control, level in itertools.product(("random-layers", "random-masks"), LEVELS):
-        pair = [outcomes.get(("attacks", f"{name}, {level}", "ASR")) for name in (control, "rosais")]
-        if None not in pair:
+        found_control, rosais = (outcomes.get(("attacks", f"{name}, {level}", "ASR")) for name in (control, "rosais"))
+        if found_control is not None and rosais is not None:
             about = {"table": "attacks", "row": f"rosais, {level}", "column": f"more than {control}"}
-            difference = paired_difference(*pair)
+            difference = paired_difference(found_control, rosais)
             lines.append(about | columns(interval_json(difference, difference.n_errors)))
     tokens = {
         strategy: [cost(runs / f"seed-{seed}" / f"fsour-{strategy}") for seed in seeds]

@@ -79,7 +79,7 @@ class Server:
         """CPU time of the server's processes so far."""
         root = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-        return sum(item.user + item.system for item in times)
+        return float(sum(item.user + item.system for item in times))
 
     def displaced(self) -> float:
         """Picks displaced so far, all layers together."""
@@ -102,7 +102,7 @@ def run_load(server: Server, model: Path, load: tuple[int, int, int, int], seed:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     requests, concurrency, prompt_tokens, generated_tokens = load
-    parser = FlexibleArgumentParser()
+    parser: Any = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
     serve.add_cli_args(parser)
     settings = {
         "backend": "openai",

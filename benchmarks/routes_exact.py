@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,9 @@ from common import (
     Child,
     ChildFailed,
     Results,
-    Row,
     Rows,
     Run,
+    Talk,
     engine_environment,
     engine_settings,
     float32_settings,
@@ -58,6 +57,8 @@ MIB = 1 << 20
 # What the shape of a tiny model becomes on a GPU. Deep latents are those of the real model.
 WIDER = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
 MANY_EXPERTS = {**WIDER, "num_experts": 64, "num_experts_per_tok": 8}
+# By layer, experts for the prompt's tokens and for generated ones.
+Wish = tuple[dict[int, list[int]], dict[int, list[int]]]
 GROUPED = {"n_routed_experts": 160, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"}
 TINY_GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
 # Weights relative to the largest of a token; float32 sums of up to 64 exponentials.
@@ -74,7 +75,7 @@ def names() -> list[str]:
 # The checks; each is a generator that yields its result once.
 
 
-def check_kernels(options: dict[str, Any]) -> Iterator[Row]:
+def check_kernels(options: dict[str, Any]) -> Talk:
     """Against the loop in float64, and 16,384 tokens at once on a GPU."""
     run = Run.of(options["run"])
     if run.rehearse:
@@ -90,7 +91,7 @@ def check_kernels(options: dict[str, Any]) -> Iterator[Row]:
     yield {**found, "tokens_at_once": 16384}
 
 
-def check_memcheck(options: dict[str, Any]) -> Iterator[Row]:
+def check_memcheck(options: dict[str, Any]) -> Talk:
     """The kernels under compute-sanitizer, which wraps a process."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
@@ -167,7 +168,7 @@ class Replays:
             self.count += 1
             own(graph)
 
-        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+        torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign, assignment]
 
     def check(self, run: Run) -> None:
         """Raises `AssertionError` if there was none where there must be some."""
@@ -183,7 +184,7 @@ def requests(rng: random.Random, shape: Any, count: int, longest: int, vocab: in
     return prompts, [None if at % 6 == 0 else random_plan(rng, shape, len(prompt)) for at, prompt in enumerate(prompts)]
 
 
-def check_exact(options: dict[str, Any]) -> Iterator[Row]:
+def check_exact(options: dict[str, Any]) -> Talk:
     """The routes that came back are what the plans say for the engine's own logits."""
     support_path()
     from engines import engine, generate
@@ -205,7 +206,7 @@ def check_exact(options: dict[str, Any]) -> Iterator[Row]:
     settings |= {"enable_prefix_caching": False, "max_model_len": 256}
     with engine(folder, {"allow_overrides": True}, **settings) as llm:
         enliven(llm, shape.num_experts)
-        extras = [{"return_routes": True, **(plan.extra_args() if plan else {})} for plan in plans]
+        extras: list[dict[str, Any] | None] = [{"return_routes": True, **(plan.extra_args() if plan else {})} for plan in plans]
         outputs = generate(llm, prompts, extras, max_tokens=24 if run.on_gpu else 6)
     probe.remove()
     compared = Compared(config)
@@ -237,8 +238,9 @@ class Compared:
         from oracle import Oracle
 
         # The oracle's gating needs no weights.
-        self._oracle: Any = object.__new__(Oracle)
-        self._oracle.config = SimpleNamespace(**config)
+        bare: Any = object.__new__(Oracle)
+        bare.config = SimpleNamespace(**config)
+        self._oracle = bare
         self.directed = self.undirected = self.near_ties = 0
         self.worst = 0.0
 
@@ -291,7 +293,7 @@ class Compared:
         self.worst = max(self.worst, error / max(weights.abs().max().item(), 1e-9))
 
 
-def check_identity(options: dict[str, Any]) -> Iterator[Row]:
+def check_identity(options: dict[str, Any]) -> Talk:
     """Requests without a plan get stock vLLM's tokens."""
     support_path()
     import tiny_models
@@ -346,95 +348,113 @@ def check_identity(options: dict[str, Any]) -> Iterator[Row]:
     }
 
 
-def check_replays(options: dict[str, Any]) -> Iterator[Row]:
+class Changing:
+    """Plans that force other experts for the prompt than for generated tokens, at every layer, under a policy.
+
+    Args:
+        shape: the model's.
+
+    """
+
+    banned = (1, 2)
+
+    def __init__(self, shape: Any) -> None:
+        self._shape, self.rng, self.checked = shape, random.Random(5), 0
+        layers = {str(layer): {"disabled": list(self.banned)} for layer in shape.moe_layers}
+        self.policy = {"version": "route-policy/1", "layers": layers}
+
+    def wish(self) -> Wish:
+        """By layer, experts for the prompt and for generated tokens."""
+        free = [expert for expert in range(self._shape.num_experts) if expert not in self.banned]
+        prompt, generated = (
+            {layer: self.rng.sample(free, self._shape.top_k) for layer in self._shape.moe_layers} for _ in range(2)
+        )
+        return prompt, generated
+
+    def extras(self, wish: Wish | None) -> dict[str, Any]:
+        """Of a request that is to return its routes."""
+        from vllm_unsafe_routes import RoutePlan
+
+        if wish is None:
+            return {"return_routes": True}
+        plan = RoutePlan()
+        for layer in self._shape.moe_layers:
+            plan.force(layer, "prompt", wish[0][layer]).force(layer, "generated", wish[1][layer])
+        return {"return_routes": True, **plan.extra_args()}
+
+    def obeyed(self, output: Any, wish: Wish | None) -> None:
+        """Raises `AssertionError` at the first route that is another one."""
+        from vllm_unsafe_routes import receipt_of
+
+        ids, length = receipt_of(output).route_ids, len(output.prompt_token_ids)
+        assert ids is not None
+        assert not set(ids.ravel().tolist()) & set(self.banned), "a banned expert was used"
+        if wish is None:
+            return
+        for slot, layer in enumerate(self._shape.moe_layers):
+            for position in range(len(ids)):
+                expected = wish[position >= length][layer]
+                assert ids[position, slot].tolist() == expected, f"layer {layer}, position {position}: {expected}"
+                self.checked += 1
+
+
+def check_replays(options: dict[str, Any]) -> Talk:
     """Every returned route obeys its own plan and the policy, whatever graph was replayed before."""
     support_path()
     import tiny_models
     from engines import engine, generate, random_prompt
-    from vllm import SamplingParams, TokensPrompt
 
-    from vllm_unsafe_routes import ModelShape, RoutePlan, receipt_of
+    from vllm_unsafe_routes import ModelShape
 
     run = Run.of(options["run"])
     folder = tiny_models.make_model("olmoe", run.scratch / options["name"], **(MANY_EXPERTS if run.on_gpu else {}))
-    shape = ModelShape.from_hf_config(json.loads((folder / "config.json").read_text()))
-    rng = random.Random(5)
-    experts, top_k, max_tokens = range(shape.num_experts), shape.top_k, 24 if run.on_gpu else 5
-    banned = [1, 2]
-    policy = {"version": "route-policy/1", "layers": {str(layer): {"disabled": banned} for layer in shape.moe_layers}}
+    changing = Changing(ModelShape.from_hf_config(json.loads((folder / "config.json").read_text())))
     settings = engine_settings(run, 256 * MIB, enable_prefix_caching=False, max_num_seqs=8)
     settings |= {"dtype": "bfloat16" if run.on_gpu else "float32", "max_num_batched_tokens": 256}
-    replays, count = Replays(), 8 if run.on_gpu else 4
-    free = [expert for expert in experts if expert not in banned]
-
-    def plan_of() -> tuple[Any, dict[int, list[int]], dict[int, list[int]]]:
-        """Other experts for the prompt than for generated tokens, at every layer."""
-        prompt = {layer: rng.sample(free, top_k) for layer in shape.moe_layers}
-        generated = {layer: rng.sample(free, top_k) for layer in shape.moe_layers}
-        plan = RoutePlan()
-        for layer in shape.moe_layers:
-            plan.force(layer, "prompt", prompt[layer]).force(layer, "generated", generated[layer])
-        return plan, prompt, generated
-
-    checked = 0
-
-    def obey(output: Any, length: int, wanted: Any) -> None:
-        nonlocal checked
-        ids = receipt_of(output).route_ids
-        assert ids is not None
-        assert not set(ids.ravel().tolist()) & set(banned), "a banned expert was used"
-        if wanted is None:
-            return
-        _, prompt, generated = wanted
-        for slot, layer in enumerate(shape.moe_layers):
-            for position in range(len(ids)):
-                expected = prompt[layer] if position < length else generated[layer]
-                assert ids[position, slot].tolist() == expected, f"layer {layer}, position {position}: {expected}"
-                checked += 1
-
-    with engine(folder, {"allow_overrides": True, "policy": policy}, **settings) as llm:
+    replays, (count, waves, max_tokens) = Replays(), (8, 6, 24) if run.on_gpu else (4, 2, 5)
+    with engine(folder, {"allow_overrides": True, "policy": changing.policy}, **settings) as llm:
         # The same batch shape again and again: the same graphs, other plans, sometimes none.
-        for wave in range(6 if run.on_gpu else 2):
-            wishes = [None if (wave + at) % 4 == 3 else plan_of() for at in range(count)]
-            prompts = [random_prompt(rng, 16, tiny_models.VOCAB_SIZE) for _ in wishes]
-            extras = [{"return_routes": True, **(wish[0].extra_args() if wish else {})} for wish in wishes]
-            for output, prompt, wish in zip(generate(llm, prompts, extras, max_tokens=max_tokens), prompts, wishes, strict=True):
-                obey(output, len(prompt), wish)
-        # Requests that come and go in a running batch: rows change owners between two replays.
-        core, waiting, prompts_of, steps = llm.llm_engine, [plan_of() for _ in range(3 * count)], {}, 0
-        while waiting or core.has_unfinished_requests():
-            if waiting and steps % 2 == 0:
-                wish, number = waiting.pop(), len(prompts_of)
-                prompt = random_prompt(rng, rng.randrange(4, 30), tiny_models.VOCAB_SIZE)
-                prompts_of[f"stagger-{number}"] = (prompt, wish)
-                lasting = SamplingParams(
-                    temperature=0.0,
-                    max_tokens=rng.randrange(2, max_tokens),
-                    ignore_eos=True,
-                    detokenize=False,
-                    extra_args={"return_routes": True, **wish[0].extra_args()},
-                )
-                core.add_request(f"stagger-{number}", TokensPrompt(prompt_token_ids=prompt), lasting)
-            steps += 1
-            for output in core.step():
-                if output.finished:
-                    prompt, wish = prompts_of[output.request_id]
-                    obey(output, len(prompt), wish)
+        for wave in range(waves):
+            wishes = [None if (wave + at) % 4 == 3 else changing.wish() for at in range(count)]
+            prompts = [random_prompt(changing.rng, 16, tiny_models.VOCAB_SIZE) for _ in wishes]
+            outputs = generate(llm, prompts, [changing.extras(wish) for wish in wishes], max_tokens=max_tokens)
+            for output, wish in zip(outputs, wishes, strict=True):
+                changing.obeyed(output, wish)
+        come_and_go(llm.llm_engine, changing, 3 * count, max_tokens, tiny_models.VOCAB_SIZE)
     replays.check(run)
-    yield {"routes_checked": checked, "graph_replays": replays.count}
+    yield {"routes_checked": changing.checked, "graph_replays": replays.count}
 
 
-def check_mode(options: dict[str, Any]) -> Iterator[Row]:
+def come_and_go(core: Any, changing: Changing, count: int, max_tokens: int, vocab: int) -> None:
+    """Requests that join and leave a running batch: rows change owners between two replays."""
+    from engines import random_prompt
+    from vllm import SamplingParams, TokensPrompt
+
+    rng, wishes, steps = changing.rng, dict[str, Wish](), 0
+    while len(wishes) < count or core.has_unfinished_requests():
+        if len(wishes) < count and steps % 2 == 0:
+            name, wish = f"stagger-{len(wishes)}", changing.wish()
+            wishes[name] = wish
+            asked: dict[str, Any] = {"temperature": 0.0, "max_tokens": rng.randrange(2, max_tokens), "ignore_eos": True}
+            params = SamplingParams(**asked, detokenize=False, extra_args=changing.extras(wish))
+            core.add_request(name, TokensPrompt(prompt_token_ids=random_prompt(rng, rng.randrange(4, 30), vocab)), params)
+        steps += 1
+        for output in core.step():
+            if output.finished:
+                changing.obeyed(output, wishes[output.request_id])
+
+
+def check_mode(options: dict[str, Any]) -> Talk:
     """`replays` under another mode than the run's."""
     yield from check_replays({**options, "run": {**options["run"], "mode": options["model"]}})
 
 
-def check_agree(options: dict[str, Any]) -> Iterator[Row]:
+def check_agree(options: dict[str, Any]) -> Talk:
     """Scores of the engine and of transformers under forced routes."""
     yield from search_speed.agreement(search_speed.agreement_options(options["model"], Run.of(options["run"])))
 
 
-def check_isolation(options: dict[str, Any]) -> Iterator[Row]:
+def check_isolation(options: dict[str, Any]) -> Talk:
     """The CPU suite's random mix, in this run's mode."""
     support_path()
     import engines
@@ -445,7 +465,7 @@ def check_isolation(options: dict[str, Any]) -> Iterator[Row]:
     path = ROOT / "tests/engine/test_isolation.py"
     spec = importlib.util.spec_from_file_location("test_isolation", path)
     assert spec is not None and spec.loader is not None
-    test = importlib.util.module_from_spec(spec)
+    test: Any = importlib.util.module_from_spec(spec)
     sys.modules["test_isolation"] = test
     spec.loader.exec_module(test)
     own, replays = engines.engine, Replays()
@@ -464,7 +484,7 @@ def check_isolation(options: dict[str, Any]) -> Iterator[Row]:
     yield {"mixes": len(seeds), "requests": len(seeds) * count, "graph_replays": replays.count}
 
 
-FUNCTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+FUNCTIONS = {
     "kernels": check_kernels,
     "memcheck": check_memcheck,
     "exact": check_exact,

@@ -45,6 +45,7 @@ from common import (
     Row,
     Rows,
     Run,
+    Talk,
     distinct,
     engine_environment,
     engine_settings,
@@ -158,7 +159,8 @@ class Transformers:
         self.torch, self.device = torch, device
         config = transformers.AutoConfig.from_pretrained(folder)
         if any(Path(folder).glob("*.safetensors")):
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            model = model.to(device)
         else:
             with torch.device(device):
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -206,7 +208,7 @@ class Transformers:
         return values
 
 
-def serve_transformers(options: dict[str, Any]) -> Iterator[Any]:
+def serve_transformers(options: dict[str, Any]) -> Talk:
     """Child: the baselines."""
     baseline = Transformers(options["folder"], options["dtype"], options["device"])
     command = yield "ready"
@@ -231,7 +233,7 @@ def serve_transformers(options: dict[str, Any]) -> Iterator[Any]:
         command = yield {**watch.read(), **more}
 
 
-def serve_engine(options: dict[str, Any]) -> Iterator[Any]:
+def serve_engine(options: dict[str, Any]) -> Talk:
     """Child: the engine, with this project's own search on it."""
     support_path()
     if options["device"] == "cpu":
@@ -340,7 +342,7 @@ def profiled(search: Search, command: dict[str, Any]) -> Row:
     return {**found, "rows": [(f"{Path(path).name}:{line} {name}", took, cum) for took, cum, (path, line, name) in own[:60]]}
 
 
-def agreement(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def agreement(options: dict[str, Any]) -> Talk:
     """Child: the engine and transformers, here in one process, agree on scores under forced routes of a small model.
 
     Raises:
@@ -404,7 +406,7 @@ def peak_rss(reset: bool = False) -> float:
     return int(found[1]) / 1024
 
 
-def serve_memory(options: dict[str, Any]) -> Iterator[Any]:
+def serve_memory(options: dict[str, Any]) -> Talk:
     """Child: peak memory of `RouteScorer.score` over a stream of ever more candidates, on the lab model."""
     from vllm_unsafe_routes import RoutePlan, lab
     from vllm_unsafe_routes.engine.launch import launch

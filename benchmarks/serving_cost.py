@@ -18,7 +18,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from common import (
     Row,
     Rows,
     Run,
+    Talk,
     distinct,
     engine_environment,
     engine_settings,
@@ -79,7 +79,7 @@ OVERHEAD = int(2.5 * GIB)
 STEP_TOKENS = 4096
 
 
-def serve(options: dict[str, Any]) -> Iterator[Any]:
+def serve(options: dict[str, Any]) -> Talk:
     """Child: an engine that runs a load when told to."""
     support_path()
     if options["cpu"]:
@@ -91,14 +91,14 @@ def serve(options: dict[str, Any]) -> Iterator[Any]:
     config, name = options["config"], options["name"].removesuffix(AGAINST)
     shape = ModelShape.from_hf_config(config)
     spare = shape.num_experts - shape.top_k
-    routes: dict[str, Any] | None = None
+    settings: dict[str, Any] = options["settings"]
     if name == "policy":
         layers = {str(layer): {"disabled": list(range(1, 1 + min(4, spare - 2)))} for layer in shape.moe_layers}
-        routes = {"policy": {"version": "route-policy/1", "layers": layers}}
+        settings["additional_config"] = {"unsafe_routes": {"policy": {"version": "route-policy/1", "layers": layers}}}
     elif name == "routes":
-        routes = {"allow_overrides": True}
-    llm = LLM(options["folder"], **options["settings"], **({"additional_config": {"unsafe_routes": routes}} if routes else {}))
-    if options["settings"].get("load_format") == "dummy":
+        settings["additional_config"] = {"unsafe_routes": {"allow_overrides": True}}
+    llm = LLM(options["folder"], **settings)
+    if settings.get("load_format") == "dummy":
         enliven(llm, shape.num_experts)
 
     def plan(rng: random.Random, length: int) -> RoutePlan:

@@ -141,14 +141,6 @@ def weight_bytes(config: Mapping[str, Any]) -> int:
     return BYTES * sizes_of(config).total
 
 
-def layers_that_fit(config: Mapping[str, Any], num_bytes: float) -> int:
-    """Layers of a model whose weights take `num_bytes` at most, embeddings counted first; at least 1."""
-    one = {**config, "num_hidden_layers": 1}
-    two = {**config, "num_hidden_layers": 2}
-    of_layer = weight_bytes(two) - weight_bytes(one)
-    return max(1, min(config["num_hidden_layers"], int((num_bytes - (weight_bytes(one) - of_layer)) // of_layer)))
-
-
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """What the device was measured to do.
