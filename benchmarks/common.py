@@ -357,11 +357,8 @@ def float32_settings(run: Run) -> dict[str, Any]:
 
 
 def latent_settings(run: Run) -> dict[str, Any]:
-    """What engines with latent attention need: on a GPU a block size that all its kernels take.
-
-    On CPU vLLM's kernel for interleaved rotary embeddings is wrong, and its latent attention for AMX cannot do float32.
-    """
-    return {"block_size": 64} if run.on_gpu else {"compilation_config": {"custom_ops": ["none"]}, "attention_backend": "CPU_MLA"}
+    """What latent attention needs on CPU: vLLM's interleaved rotary embeddings are wrong there, its AMX code cannot do float32."""
+    return {} if run.on_gpu else {"compilation_config": {"custom_ops": ["none"]}, "attention_backend": "CPU_MLA"}
 
 
 # A Triton matrix product of float32 is tf32 by default, which is too coarse to compare log-probabilities with.

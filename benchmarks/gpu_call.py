@@ -129,6 +129,7 @@ class Call:
         subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "0", *map(str, folders)], stdout=subprocess.DEVNULL)
         sys.path[1:1] = map(str, folders)
         os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "triton"))
         about = facts(on_gpu=not self.rehearse)
         self.step("installed", **about)
         if about["driver"] == "unknown" and not self.rehearse:

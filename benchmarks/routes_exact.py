@@ -202,7 +202,9 @@ def check_exact(options: dict[str, Any]) -> Talk:
     replays, probe = Replays(), Probe()
     settings = engine_settings(run, 1 << 30, load_format="dummy", max_num_seqs=32)
     settings |= {"dtype": "bfloat16" if run.on_gpu else "float32", "max_num_batched_tokens": 512 if run.on_gpu else 64}
-    settings |= latent_settings(run) if base == "deepseek_v2_lite" else {}
+    if base == "deepseek_v2_lite":
+        # On a GPU a block size that all kernels for latent attention take.
+        settings |= latent_settings(run) | ({"block_size": 64} if run.on_gpu else {})
     settings |= {"enable_prefix_caching": False, "max_model_len": 256}
     with engine(folder, {"allow_overrides": True}, **settings) as llm:
         enliven(llm, shape.num_experts)

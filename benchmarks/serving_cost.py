@@ -14,6 +14,7 @@ same round. "idle" and "plans" are requests to one engine.
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import sys
@@ -187,7 +188,7 @@ def start_engine(name: str, subject: Subject, run: Run, against: Path | None, lo
     if name in ("stock", "eager"):
         env["VLLM_PLUGINS"] = ""
     if name.endswith(AGAINST):
-        env["PYTHONPATH"] = str(against)
+        env["PYTHONPATH"] = os.pathsep.join([str(against), *filter(None, [os.environ.get("PYTHONPATH")])])
     about = {"name": name, "folder": str(subject.folder), "config": subject.config, "settings": settings, "cpu": not run.on_gpu}
     return Child(__file__, "engine", about, log, env)
 
@@ -216,14 +217,16 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
             return answer
 
         loads = loads_of(run)
-        for load in loads.values():
-            for variant in variants:
-                ask(variant, load, 0)
         names = list(loads)
+        # Eager mode is slow, and one load says what it costs.
+        taking_part = {name: [variant for variant in variants if variant != "eager" or name == names[0]] for name in names}
+        for name, (count, length, new) in loads.items():
+            for variant in taking_part[name]:
+                ask(variant, (count, length, min(new, 8)), 0)
         for at in rounds((1 if run.rehearse else run.rounds) * len(names), run.deadline):
             number, name = at // len(names), names[at % len(names)]
-            found = {variant: ask(variant, loads[name], number + 1) for variant in rotated(variants, number)}
-            take_down(subject, run, results, name, number, {variant: found[variant] for variant in variants})
+            found = {variant: ask(variant, loads[name], number + 1) for variant in rotated(taking_part[name], number)}
+            take_down(subject, run, results, name, number, {variant: found[variant] for variant in taking_part[name]})
     finally:
         for child in children.values():
             child.close()
