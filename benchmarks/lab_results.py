@@ -38,12 +38,12 @@ COSTS = ("tokens a prompt", "tokens a prompt, one by one")
 LEVELS = (1, 2, 3)
 # The rules that hold on these models; `docs/defence.md` says what the others gave.
 # Harmless prompts of two splits, and a budget that must hold with confidence: what was measured is not what will be asked.
-DERIVE = (
+DERIVE = shlex.split(
     "--rule protect --rule greedy --protections 1,2,3 --greedy-bans 8,16,24,28,32,36,40 --greedy-harmless 400 --keep 3 "
     "--benign lab:search:benign --benign lab:tune:benign --confidence 0.8"
-).split()
+)
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
-DERIVE_SMALL = "--rule protect --rule effect --bans 2 --protections 1 --suffixes 1".split()
+DERIVE_SMALL = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --suffixes 1")
 CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
 # Noise on router logits, as one more defence.
 JITTER = (2.0,)
