@@ -130,6 +130,7 @@ def route_launch(
         is_padding=None,
         topk_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32),
         topk_ids=meta(NUM_TOKENS, top_k),
+        native_ids=None,
         routes_ids=meta(NUM_TOKENS, top_k) if routes else None,
         routes_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32) if routes else None,
         only_directed=only_directed,

@@ -1,6 +1,6 @@
 """The routing op: model gating with per-token directives, in one kernel.
 
-`route_topk` is the public op; `reference.py` says what it computes. CUDA and ROCm run the Triton kernel below, the CPU runs
+`route_topk` is the public op; `reference.py` says what it computes. CUDA and ROCm run `route_topk_triton.py`, the CPU runs
 `route_topk_cpu.py` on the tokens that have a directive. One program gates one token: a row of logits fits in one warp's registers.
 """
 
@@ -32,6 +32,7 @@ def route_topk(
     topk_ids: torch.Tensor | None = None,
     indices_dtype: torch.dtype = torch.int32,
     only_directed: bool = False,
+    native_ids: torch.Tensor | None = None,
     routes_ids: torch.Tensor | None = None,
     routes_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +49,7 @@ def route_topk(
         topk_ids: int32, int64 or uint32 [num_tokens, top_k], written; allocated with `indices_dtype` if None.
         indices_dtype: dtype of an allocated `topk_ids`.
         only_directed: leave tokens without a directive as they are in the outputs (the model's own gating wrote them).
+        native_ids: int32 [num_tokens, top_k], with `only_directed`: what the model's own gating picked for each token.
         routes_ids: int32 [num_tokens, top_k]; with `routes_weights`, the routes of all tokens as they are afterwards.
         routes_weights: float32 [num_tokens, top_k].
 
@@ -65,7 +67,10 @@ def route_topk(
         shape = (num_tokens, spec.top_k)
         topk_weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)
         topk_ids = torch.empty(shape, dtype=indices_dtype, device=router_logits.device)
-    _check(router_logits, row_index, rows, spec, correction_bias, topk_weights, topk_ids, routes_ids, routes_weights)
+    if native_ids is not None and not only_directed:
+        raise ValueError("native_ids needs only_directed: nothing else ran the model's own gating")
+    _check(router_logits, row_index, rows, spec, correction_bias)
+    _check_outputs(topk_weights, topk_ids, native_ids, routes_ids, routes_weights, (num_tokens, spec.top_k))
     # Only traced code needs the op; its dispatch costs more than gating a few tokens.
     run: Any = torch.ops.unsafe_routes.route_topk if torch.compiler.is_compiling() else _dispatch
     run(
@@ -76,6 +81,7 @@ def route_topk(
         is_padding,
         topk_weights,
         topk_ids,
+        native_ids,
         routes_ids,
         routes_weights,
         spec.top_k,
@@ -101,10 +107,6 @@ def _check(
     rows: RouteRows | None,
     spec: GatingSpec,
     correction_bias: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    routes_ids: torch.Tensor | None,
-    routes_weights: torch.Tensor | None,
 ) -> None:
     num_tokens = router_logits.shape[0]
     if router_logits.dtype not in _LOGIT_DTYPES:
@@ -119,18 +121,32 @@ def _check(
         raise ValueError(f"row_index must be int32 [{num_tokens}], got {row_index.dtype} {tuple(row_index.shape)}")
     if correction_bias is not None and correction_bias.shape != (spec.num_experts,):
         raise ValueError(f"correction_bias has shape {tuple(correction_bias.shape)}, expected [{spec.num_experts}]")
+
+
+def _check_outputs(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    native_ids: torch.Tensor | None,
+    routes_ids: torch.Tensor | None,
+    routes_weights: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> None:
     if topk_ids.dtype not in _INDEX_DTYPES:
         raise ValueError(f"topk_ids dtype {topk_ids.dtype} is not one of {_INDEX_DTYPES}")
     if (routes_ids is None) != (routes_weights is None):
         raise ValueError("routes_ids and routes_weights come together")
-    outputs = [("topk_weights", topk_weights, torch.float32), ("topk_ids", topk_ids, topk_ids.dtype)]
-    if routes_ids is not None and routes_weights is not None:
-        outputs += [("routes_ids", routes_ids, torch.int32), ("routes_weights", routes_weights, torch.float32)]
-    for name, tensor, dtype in outputs:
-        if tensor.shape != (num_tokens, spec.top_k) or tensor.dtype != dtype or (num_tokens and tensor.stride(1) != 1):
+    for name, tensor, dtype in (
+        ("topk_weights", topk_weights, torch.float32),
+        ("topk_ids", topk_ids, topk_ids.dtype),
+        ("native_ids", native_ids, torch.int32),
+        ("routes_ids", routes_ids, torch.int32),
+        ("routes_weights", routes_weights, torch.float32),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or (shape[0] and tensor.stride(1) != 1):
             raise ValueError(
-                f"{name} must be {dtype} [{num_tokens}, {spec.top_k}] with contiguous rows, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
+                f"{name} must be {dtype} {list(shape)} with contiguous rows, got {tensor.dtype} {tuple(tensor.shape)}"
             )
 
 
@@ -146,6 +162,7 @@ def _dispatch(
     is_padding: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    native_ids: torch.Tensor | None,
     routes_ids: torch.Tensor | None,
     routes_weights: torch.Tensor | None,
     top_k: int,
@@ -176,8 +193,10 @@ def _dispatch(
     if uses_triton(router_logits.device):
         from .route_topk_triton import launch
 
-        launch(*arguments, routes_ids, routes_weights, only_directed)
+        launch(*arguments, native_ids, routes_ids, routes_weights, only_directed)
     elif router_logits.device.type == "cpu":
+        if native_ids is not None:
+            native_ids.copy_(topk_ids)
         route_topk_cpu(*arguments, only_directed)
         if routes_ids is not None and routes_weights is not None:
             routes_ids.copy_(topk_ids)
@@ -187,7 +206,7 @@ def _dispatch(
 
 
 _route_topk = torch.library.custom_op(
-    "unsafe_routes::route_topk", _dispatch, mutates_args=("topk_weights", "topk_ids", "routes_ids", "routes_weights")
+    "unsafe_routes::route_topk", _dispatch, mutates_args=("topk_weights", "topk_ids", "native_ids", "routes_ids", "routes_weights")
 )
 
 

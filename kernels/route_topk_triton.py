@@ -177,7 +177,7 @@ def _select(
 
 # Only loads of whole rows gain from aligned pointers; every other specialisation would be one more compilation while serving.
 @triton.jit(
-    do_not_specialize=["stride_weights", "stride_ids", "stride_routes"],
+    do_not_specialize=["stride_weights", "stride_ids", "stride_native", "stride_routes"],
     do_not_specialize_on_alignment=[
         "row_index_ptr",
         "flags_ptr",
@@ -187,6 +187,7 @@ def _select(
         "is_padding_ptr",
         "topk_weights_ptr",
         "topk_ids_ptr",
+        "native_ids_ptr",
         "routes_ids_ptr",
         "routes_weights_ptr",
     ],
@@ -206,6 +207,8 @@ def route_topk_kernel(
     stride_weights,
     topk_ids_ptr,  # int [num_tokens, TOP_K]
     stride_ids,
+    native_ids_ptr,  # int32 [num_tokens, TOP_K]
+    stride_native,
     routes_ids_ptr,  # int32 [num_tokens, TOP_K]
     routes_weights_ptr,  # float32 [num_tokens, TOP_K]
     stride_routes,
@@ -224,6 +227,7 @@ def route_topk_kernel(
     HAS_SCORE_BIAS: tl.constexpr,
     HAS_CORRECTION_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    HAS_NATIVE: tl.constexpr,
     HAS_ROUTES: tl.constexpr,
     ONLY_DIRECTED: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
@@ -237,10 +241,13 @@ def route_topk_kernel(
     row = -1
     if HAS_ROWS:
         row = tl.load(row_index_ptr + token)
+    if HAS_NATIVE or (ONLY_DIRECTED and HAS_ROUTES):
+        native_ids = tl.load(ids_at, mask=mask_k, other=0).to(tl.int32)
+    if HAS_NATIVE:
+        tl.store(native_ids_ptr + token * stride_native + offs_k, native_ids, mask=mask_k)
     if ONLY_DIRECTED:
         if row < 0:
             if HAS_ROUTES:
-                native_ids = tl.load(ids_at, mask=mask_k, other=0).to(tl.int32)
                 native_weights = tl.load(weights_at, mask=mask_k, other=0.0)
                 tl.store(routes_ids_ptr + token * stride_routes + offs_k, native_ids, mask=mask_k)
                 tl.store(routes_weights_ptr + token * stride_routes + offs_k, native_weights, mask=mask_k)
@@ -370,6 +377,7 @@ def launch_arguments(
     is_padding: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    native_ids: torch.Tensor | None,
     routes_ids: torch.Tensor | None,
     routes_weights: torch.Tensor | None,
     only_directed: bool,
@@ -391,6 +399,8 @@ def launch_arguments(
         topk_weights.stride(0),
         topk_ids,
         topk_ids.stride(0),
+        native_ids,
+        native_ids.stride(0) if native_ids is not None else 0,
         routes_ids,
         routes_weights,
         routes_ids.stride(0) if routes_ids is not None else 0,
@@ -401,6 +411,7 @@ def launch_arguments(
         "HAS_SCORE_BIAS": score_bias is not None,
         "HAS_CORRECTION_BIAS": correction_bias is not None,
         "HAS_PADDING": is_padding is not None,
+        "HAS_NATIVE": native_ids is not None,
         "HAS_ROUTES": routes_ids is not None,
         "ONLY_DIRECTED": only_directed,
         "PACKED_KEYS": _has_packed_keys(router_logits.dtype, spec, correction_bias is not None or score_bias is not None),
@@ -419,6 +430,7 @@ def launch(
     is_padding: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    native_ids: torch.Tensor | None,
     routes_ids: torch.Tensor | None,
     routes_weights: torch.Tensor | None,
     only_directed: bool,
@@ -433,6 +445,7 @@ def launch(
         is_padding,
         topk_weights,
         topk_ids,
+        native_ids,
         routes_ids,
         routes_weights,
         only_directed,

@@ -130,6 +130,39 @@ def test_only_directed_leaves_the_others_alone_and_reports_all():
     assert used_weights.tolist() == weights.tolist()
 
 
+@pytest.mark.parametrize("kernel", ["triton", "torch"])
+def test_one_launch_keeps_native_picks_reports_routes_and_leaves_padding_alone(kernel, monkeypatch):
+    """What the engine asks for: the model's gating has run, and wrote -1 for padded tokens."""
+    monkeypatch.setenv("VLLM_UNSAFE_ROUTES_KERNEL", kernel)
+    case = make_case(6, MODELS["olmoe"], num_tokens=16, directives="all", padding=True)
+    case.row_index[::4] = -1
+    native = torch.arange(16 * 8, dtype=torch.int64).reshape(16, 8) % 64
+    native[case.is_padding] = -1
+    weights, ids = torch.full((16, 8), 0.5).masked_fill(case.is_padding[:, None], 0), native.clone()
+    kept, routes = torch.full((16, 8), -9, dtype=torch.int32), torch.full((16, 8), -9, dtype=torch.int32)
+    used = torch.full((16, 8), math.nan)
+    route_topk(
+        case.logits,
+        case.row_index,
+        case.rows,
+        case.spec,
+        is_padding=case.is_padding,
+        topk_weights=weights,
+        topk_ids=ids,
+        only_directed=True,
+        native_ids=kept,
+        routes_ids=routes,
+        routes_weights=used,
+    )
+    assert kept.tolist() == native.tolist()
+    free = case.row_index < 0
+    assert (free & ~case.is_padding).any() and (~free & case.is_padding).any()
+    expected = torch.where(free[:, None], native, torch.tensor(loop(case)[1]))
+    assert ids.tolist() == routes.tolist() == expected.tolist()
+    assert (ids[case.is_padding] == -1).all() and (weights[case.is_padding] == 0).all()
+    assert used.tolist() == weights.tolist()
+
+
 def special(values, spec, rows=None, row_index=None, bias=None):
     logits = torch.tensor([values], dtype=torch.float32)
     return Case(spec, logits, row_index, rows, bias, None)
@@ -204,6 +237,9 @@ def test_bits_round_trip(num_experts):
         ({"router_logits": torch.zeros(4, 9)}, "expected \\[num_tokens, 8\\]"),
         ({"router_logits": torch.zeros(4, 8, dtype=torch.float64)}, "router_logits dtype torch.float64"),
         ({"correction_bias": torch.zeros(7)}, "correction_bias has shape"),
+        ({"native_ids": torch.zeros(4, 2)}, "native_ids needs only_directed"),
+        ({"native_ids": torch.zeros(4, 2), "only_directed": True}, "native_ids must be torch.int32"),
+        ({"routes_ids": torch.zeros(4, 2, dtype=torch.int32)}, "routes_ids and routes_weights come together"),
     ],
 )
 def test_unsupported_arguments_are_named(change, message):
@@ -234,7 +270,7 @@ def test_the_op_traces_and_is_registered_right(monkeypatch):
     for one, other in zip(compiled, gate(case.logits, case.row_index), strict=True):
         assert torch.equal(one, other)
     outputs = (torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int32))
-    arguments = (case.logits, case.row_index, *case.rows, None, None, *outputs, None, None)
+    arguments = (case.logits, case.row_index, *case.rows, None, None, *outputs, None, None, None)
     settings_of = (8, "softmax", False, 1.0, 1, 1, "max", False)
     torch.library.opcheck(torch.ops.unsafe_routes.route_topk.default, (*arguments, *settings_of))
 
