@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from engines import chosen_logprobs, engine, generate, random_prompt
+from engines import SETTINGS, chosen_logprobs, engine, generate, random_prompt
 from mixes import random_plan
 from oracle import Oracle
 from tiny_models import VOCAB_SIZE
@@ -12,9 +12,6 @@ from vllm_unsafe_routes import ModelShape, receipt_of
 
 TOLERANCE = 1e-4
 NUM_REQUESTS = 24
-# vLLM's CPU kernel for interleaved rotary embeddings disagrees with transformers (and with vLLM's own torch code), so the
-# DeepSeek families run with torch's; nothing of routing is involved.
-SETTINGS = {family: {"compilation_config": {"custom_ops": ["none"]}} for family in ("deepseek_v2", "deepseek_v3")}
 FAMILIES = [
     "olmoe",
     "qwen2_moe",

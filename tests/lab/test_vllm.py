@@ -12,9 +12,6 @@ from vllm_unsafe_routes import lab
 from vllm_unsafe_routes.lab import language
 from vllm_unsafe_routes.lab.settings import SHAPES, LabSettings
 
-# vLLM's CPU kernel for DeepSeek's interleaved rotary embeddings is wrong (see tests/engine/test_parity.py); torch's is right.
-SETTINGS: dict[str, dict[str, Any]] = {"deepseek_v2": {"compilation_config": {"custom_ops": ["none"]}}}
-
 
 def assert_engine_agrees(folder: Path, fixture: tuple[Any, Any], **settings: Any) -> None:
     """The same chat prompts, tokens and greedy answers from vLLM and from transformers."""
@@ -46,4 +43,4 @@ def test_other_shapes_answer_in_vllm_as_in_transformers(shape, tmp_path, load_la
 
     # Half trained: enough for answers that are words in an order, which is what is compared.
     make_lab_model(LabSettings(shape=shape, pretrain_steps=150, tune_steps=20), tmp_path)
-    assert_engine_agrees(tmp_path, load_lab_model(tmp_path), **SETTINGS.get(shape, {}))
+    assert_engine_agrees(tmp_path, load_lab_model(tmp_path), **engines.SETTINGS.get(shape, {}))

@@ -18,6 +18,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 BLOCK_SIZE = 32
+# DeepSeek on CPU: vLLM's kernel for interleaved rotary embeddings disagrees with its own torch code, and its latent attention for
+# AMX, which it prefers on processors that have AMX, cannot do float32.
+_MLA_IN_FLOAT32 = {"compilation_config": {"custom_ops": ["none"]}, "attention_backend": "CPU_MLA"}
+SETTINGS: dict[str, dict[str, Any]] = {"deepseek_v2": _MLA_IN_FLOAT32, "deepseek_v3": _MLA_IN_FLOAT32}
 
 
 def use_v2_runner_on_cpu() -> None:
