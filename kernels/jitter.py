@@ -12,11 +12,9 @@ run the same steps and draw alike. Noise of at most `scale` reorders two experts
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from .route_topk import KERNEL_ENV
+from .route_topk import uses_triton
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -46,7 +44,7 @@ def jitter_logits(
         A new tensor of the same shape and dtype.
 
     """
-    if router_logits.device.type == "cuda" or os.environ.get(KERNEL_ENV) == "triton":
+    if uses_triton(router_logits.device):
         from .jitter_triton import launch
 
         return launch(router_logits, step, forced, layer, seed, scale)

@@ -145,9 +145,7 @@ def _check_outputs(
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype != dtype or (shape[0] and tensor.stride(1) != 1):
-            raise ValueError(
-                f"{name} must be {dtype} {list(shape)} with contiguous rows, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must be {dtype} {list(shape)} with contiguous rows, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _dispatch(

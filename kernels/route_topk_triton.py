@@ -421,33 +421,7 @@ def launch_arguments(
     return (router_logits.shape[0],), positional, keywords
 
 
-def launch(
-    router_logits: torch.Tensor,
-    row_index: torch.Tensor | None,
-    rows: RouteRows | None,
-    spec: GatingSpec,
-    correction_bias: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    native_ids: torch.Tensor | None,
-    routes_ids: torch.Tensor | None,
-    routes_weights: torch.Tensor | None,
-    only_directed: bool,
-) -> None:
-    """Launch the kernel on checked arguments; see `route_topk`."""
-    grid, positional, keywords = launch_arguments(
-        router_logits,
-        row_index,
-        rows,
-        spec,
-        correction_bias,
-        is_padding,
-        topk_weights,
-        topk_ids,
-        native_ids,
-        routes_ids,
-        routes_weights,
-        only_directed,
-    )
+def launch(*arguments: Any) -> None:
+    """Launch the kernel on checked arguments, as in `launch_arguments`; `route_topk` says what they mean."""
+    grid, positional, keywords = launch_arguments(*arguments)
     route_topk_kernel[grid](*positional, **keywords)

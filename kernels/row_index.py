@@ -15,11 +15,9 @@ The contract, as a plain double loop. Request `b` of the batch has tokens query_
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from .route_topk import KERNEL_ENV
+from .route_topk import uses_triton
 from .spec import NO_DIRECTIVE
 
 
@@ -59,7 +57,7 @@ def fill_row_index(
         arena,
         policy_rows,
     )
-    if row_index.device.type == "cuda" or os.environ.get(KERNEL_ENV) == "triton":
+    if uses_triton(row_index.device):
         from .row_index_triton import launch
 
         launch(*arguments)

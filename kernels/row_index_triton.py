@@ -85,27 +85,7 @@ def launch_arguments(
     return (num_reqs + 1, num_layers), positional, {"BLOCK": 128}
 
 
-def launch(
-    row_index: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    positions: torch.Tensor,
-    slot_base: torch.Tensor,
-    slot_listed: torch.Tensor,
-    slot_prompt_len: torch.Tensor,
-    arena: torch.Tensor,
-    policy_rows: torch.Tensor,
-) -> None:
-    """Launch the kernel; see `fill_row_index`."""
-    grid, positional, keywords = launch_arguments(
-        row_index,
-        idx_mapping,
-        query_start_loc,
-        positions,
-        slot_base,
-        slot_listed,
-        slot_prompt_len,
-        arena,
-        policy_rows,
-    )
+def launch(*tensors: torch.Tensor) -> None:
+    """Launch the kernel; arguments as in `launch_arguments`."""
+    grid, positional, keywords = launch_arguments(*tensors)
     fill_row_index_kernel[grid](*positional, **keywords)

@@ -8,11 +8,11 @@ How a plan flows, file by file, in the order in which a step happens:
 3. `compiled.py`: the plan becomes route-table rows (contents, not ids) and a small block of row indices.
 4. `engine/cache.py`: the directives of a KV block become part of the block's prefix-cache key.
 5. `engine/scheduler.py`: admits a request once the route table has room for its rows.
-6. `engine/worker.py`: gives the rows places in the device-resident table, and before each forward pass writes for every
-   (MoE layer, token) the index of its row, or -1.
+6. `engine/device_table.py`, `engine/row_index.py`: the rows get places in the device-resident table, and before each forward
+   pass every (MoE layer, token) gets the index of its row, or -1.
 7. `engine/router.py`: each router lets the model's own gating run, then has `kernels/route_topk.py` rewrite the tokens that
    have a row.
-8. `engine/worker.py`, `engine/scheduler.py`: what was set is counted and comes back as the request's receipt.
+8. `engine/progress.py`, `engine/receipts.py`: what was set is counted and comes back as the request's receipt.
 
 This module imports neither torch nor vLLM.
 """

@@ -118,7 +118,7 @@ def check_mix(folder: Any, seed: int, count: int, monkeypatch: pytest.MonkeyPatc
         admission = scheduler.unsafe_routes_admission
         assert len(admission.ledger) == 0, f"seed {seed}: rows are still held"
         assert len(admission.ledger.rows) == 0
-        assert not admission._tracked
+        assert len(admission.receipts) == 0
     with engine(folder, {"allow_overrides": True}, **ALONE) as llm:
         for number, output in sorted(crowded.items()):
             case = cases[number]

@@ -4,15 +4,13 @@ import random
 
 import numpy as np
 import pytest
-from engines import chosen_logprobs, engine, generate, random_prompt
+from engines import SETTINGS, chosen_logprobs, engine, generate, random_prompt
 from mixes import random_plan
 from tiny_models import VOCAB_SIZE
 from transformers import AutoConfig
 
-from vllm_unsafe_routes import ModelShape, receipt_of
+from vllm_unsafe_routes import ModelShape, RoutePlan, receipt_of
 
-# As in test_parity.py: vLLM's CPU kernel for interleaved rotary embeddings disagrees with its own torch code.
-SETTINGS = {"deepseek_v3": {"compilation_config": {"custom_ops": ["none"]}}}
 POLICY = {"version": "route-policy/1", "layers": {"1": {"disabled": [3], "protected": []}}}
 
 
@@ -55,3 +53,18 @@ def test_same_as_the_torch_path(family, kernel, gating, tiny_model, monkeypatch)
             # A model's own gating may hand on its choice in any order.
             assert (np.sort(ids, axis=-1) == np.sort(expected_ids, axis=-1)).all()
             assert not (ids[:, shape.slot_of_layer[1]] == 3).any()
+
+
+@pytest.mark.v2_only
+def test_the_row_index_kernel_runs_at_load(tiny_model, monkeypatch):
+    """On a GPU its first launch compiles it, which must not fall into the first planned request."""
+    from vllm_unsafe_routes.kernels import row_index_triton
+
+    monkeypatch.setenv("VLLM_UNSAFE_ROUTES_KERNEL", "triton")
+    launches = []
+    own = row_index_triton.launch
+    monkeypatch.setattr(row_index_triton, "launch", lambda *tensors: launches.append(len(tensors[3])) or own(*tensors))
+    with engine(tiny_model("olmoe"), {"allow_overrides": True}) as llm:
+        assert launches == [0]
+        generate(llm, [[5, 6, 7]], [RoutePlan().disable(0, "all", [1]).extra_args()])
+    assert launches[1] == 3

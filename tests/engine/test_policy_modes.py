@@ -267,11 +267,11 @@ class TestSwap:
                     assert receipt.routes_set == len(receipt.route_ids)
             assert len(admission.ledger) == 0
             assert len(admission.ledger.rows) == 0
-            assert not admission._tracked
+            assert len(admission.receipts) == 0
             # The rows of the old policy are gone from the worker's table as well; of the last plan it hears with the next step.
             generate(llm, prompts(1), [None])
             controller = core.model_executor.driver_worker.worker.model_runner.unsafe_routes_controller
-            assert len(controller._rows) == 3
+            assert len(controller._table) == 3
 
 
 def test_the_two_modes_of_the_flags():

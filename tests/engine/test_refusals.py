@@ -38,8 +38,7 @@ def loaded(tiny_model):
 @pytest.fixture
 def bind(loaded, monkeypatch):
     """`bind(router=..., shape=..., layers=..., extra=...)`: bind the model with something about layer 1 changed."""
-    from vllm_unsafe_routes.engine.router import bind_routers
-    from vllm_unsafe_routes.engine.worker import RouterState
+    from vllm_unsafe_routes.engine.router import RouterState, bind_routers
 
     class Controller:
         handle, state, fused, jittered_slots = 0, RouterState(), False, frozenset()

@@ -9,6 +9,7 @@ from oracle import Oracle
 from tiny_models import VOCAB_SIZE
 
 from vllm_unsafe_routes import ModelShape, RoutePlan, receipt_of
+from vllm_unsafe_routes.engine.router import controllers
 from vllm_unsafe_routes.extras import RouteExtras, ScoreSpec
 
 TOLERANCE = 1e-4
@@ -63,6 +64,27 @@ def test_targets_equal_transformers(llm, oracle):
         expected = rows[range(len(target)), target].tolist()
         assert receipt.scores.shape == (len(target), 1)
         assert receipt.scores[:, 0].tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_scores_in_pieces_are_the_same(llm, tiny_model, monkeypatch):
+    """A whole vocabulary for every scored row would not fit beside a large model: the output layer runs on some rows at a time."""
+    from vllm_unsafe_routes.engine import scoring
+
+    rng = random.Random(6)
+    items = [
+        (random_prompt(rng, rng.randrange(2, 40), VOCAB_SIZE), random_prompt(rng, rng.randrange(1, 30), VOCAB_SIZE), None, ())
+        for _ in range(8)
+    ]
+    whole = score(llm, items)
+    (controller,) = [controllers[handle] for handle in list(controllers)][-1:]
+    sizes = []
+    own = scoring._log_probs
+    monkeypatch.setattr(scoring, "_log_probs", lambda logits, ids: sizes.append(len(ids)) or own(logits, ids))
+    monkeypatch.setattr(controller, "_scoring", scoring.Scoring(scoring.PIECE_BYTES // 4 // 5))
+    pieces = score(llm, items)
+    assert max(sizes) == 5 and len(sizes) > 2
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.scores.ravel().tolist() == pytest.approx(other.scores.ravel().tolist(), abs=1e-5)
 
 
 def test_a_score_is_computed_again_however_often_it_is_asked(llm):

@@ -8,24 +8,19 @@ import pytest
 CLASSES, FUNCTIONS = house.all_definitions()
 # What was over a limit when the limits came, with its size then. Entries only shrink, and go when the limit holds; none is added.
 LONG_CLASSES = {
-    "RouteController": 480,
     "_Deriver": 257,
-    "RouteAdmission": 220,
     "PlanCompiler": 218,
 }
-WIDE_CLASSES = {"RouteController": 41, "RouteAdmission": 16, "LabSettings": 16, "HttpBackend": 16}
+WIDE_CLASSES = {"LabSettings": 16, "HttpBackend": 16}
 LONG_FUNCTIONS = {
     "run_tasks": 116,
     "greedy_bans": 98,
     "adaptive_search": 82,
-    "RouteController.__init__": 75,
     "matrix_column": 72,
     "attack_search": 68,
-    "replace_policy": 67,
-    "bind_routers": 61,
 }
 WIDE_FUNCTIONS = {"attack_search": 12, "_run_phase": 11, "matrix_column": 9}
-CYCLES = [["engine.plugin", "engine.worker"]]
+CYCLES: list[list[str]] = []
 UPWARD = ["search.rules -> study.records"]
 
 

@@ -21,7 +21,7 @@ def scorer(request, tiny_model):
 
 @pytest.fixture
 def shared(scorer):
-    found = controllers[max(controllers)]._shared
+    found = controllers[max(controllers)].shared
     assert found is not None
     found.num_tokens = found.num_computed = 0
     return found
@@ -48,7 +48,7 @@ def test_fewer_tokens_are_computed_with_equal_scores(scorer, shared, monkeypatch
     assert shared.num_computed <= differing + 4 * num_layers * num_tokens
     assert shared.num_tokens == 14 * num_layers * num_tokens
     assert len(set(values.round(4))) > 6 or layer == num_layers - 1
-    monkeypatch.setattr(shared, "begin", lambda *_: None)
+    monkeypatch.setattr(shared, "stage", lambda step: None)
     assert scorer.score(prompt, target, plans[::-1]).tolist() == pytest.approx(values[::-1].tolist(), abs=1e-5)
 
 

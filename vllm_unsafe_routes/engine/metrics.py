@@ -166,7 +166,7 @@ class RouteMonitor:
         """Ask the engine core now; returns `swap.route_status`."""
         llm = self._llm()
         assert llm is not None
-        status = await llm.engine_core.call_utility_async(STATUS_METHOD)
+        status: Mapping[str, Any] = await llm.engine_core.call_utility_async(STATUS_METHOD)
         if status["generation"] != self._generation:
             self._generation = status["generation"]
             self._guard.use(ActivePolicy.from_dict(status["active"]))

@@ -16,10 +16,6 @@ from typing import Any
 
 OFF_SWITCH = "VLLM_UNSAFE_ROUTES_DISABLE"
 _MARK = "__unsafe_routes_wrapped__"
-# Where a model runner keeps its `RouteController`.
-CONTROLLER = "unsafe_routes_controller"
-_ADMISSION = "unsafe_routes_admission"
-_MONITOR = "unsafe_routes_monitor"
 # The engine core's input thread and its own may both be the first to ask for the admission.
 _admission_lock = threading.Lock()
 logger = logging.getLogger(__name__)
@@ -188,15 +184,17 @@ def _generate_block_hash_extra_keys(own: Any) -> Any:
 
 def _admission(scheduler: Any) -> Any:
     """The scheduler's route state; None for an engine without route control."""
-    if _ADMISSION not in scheduler.__dict__:
+    from .attributes import ADMISSION
+
+    if ADMISSION not in scheduler.__dict__:
         from .config import route_config
         from .scheduler import RouteAdmission
 
         with _admission_lock:
-            if _ADMISSION not in scheduler.__dict__:
+            if ADMISSION not in scheduler.__dict__:
                 enabled = route_config(scheduler.vllm_config) is not None
-                scheduler.__dict__[_ADMISSION] = RouteAdmission(scheduler) if enabled else None
-    return scheduler.__dict__[_ADMISSION]
+                scheduler.__dict__[ADMISSION] = RouteAdmission(scheduler) if enabled else None
+    return scheduler.__dict__[ADMISSION]
 
 
 def _core_admission(core: Any) -> Any:
@@ -250,7 +248,7 @@ def _update_from_output(own: Any) -> Any:
             return own(self, scheduler_output, model_runner_output, *args, **kwargs)
         admission.absorb(model_runner_output)
         outputs = own(self, scheduler_output, model_runner_output, *args, **kwargs)
-        admission.attach_receipts(outputs)
+        admission.receipts.attach(outputs, admission.active)
         return outputs
 
     return update_from_output
@@ -266,13 +264,15 @@ def _run_output_handler(own: Any) -> Any:
 
 def monitor_of(llm: Any) -> Any:
     """The route monitor of an `AsyncLLM`, which runs in its event loop; None for an engine without route control."""
-    if _MONITOR not in llm.__dict__:
+    from .attributes import MONITOR
+
+    if MONITOR not in llm.__dict__:
         from .config import route_config
         from .metrics import RouteMonitor
 
         enabled = route_config(llm.vllm_config) is not None
-        llm.__dict__[_MONITOR] = RouteMonitor(llm) if enabled else None
-    return llm.__dict__[_MONITOR]
+        llm.__dict__[MONITOR] = RouteMonitor(llm) if enabled else None
+    return llm.__dict__[MONITOR]
 
 
 def _replace_policy(self: Any, document: dict[str, Any]) -> Any:
@@ -306,6 +306,7 @@ def _load_model(own: Any) -> Any:
 
         config = route_config(self.vllm_config)
         if config is not None:
+            from .attributes import CONTROLLER
             from .worker import RouteController
 
             controller = RouteController(self.vllm_config, config, self.model_runner.get_model(), self.device)
@@ -316,6 +317,8 @@ def _load_model(own: Any) -> Any:
 
 def _execute_model(own: Any) -> Any:
     from vllm.distributed.parallel_state import get_pp_group
+
+    from .attributes import CONTROLLER
 
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         controller = self.model_runner.__dict__.get(CONTROLLER)
@@ -332,6 +335,8 @@ def _execute_model(own: Any) -> Any:
 
 
 def _sample_tokens(own: Any) -> Any:
+    from .attributes import CONTROLLER
+
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = own(self, *args, **kwargs)
         controller = self.model_runner.__dict__.get(CONTROLLER)
@@ -341,6 +346,8 @@ def _sample_tokens(own: Any) -> Any:
 
 
 def _v1_forward(own: Any) -> Any:
+    from .attributes import CONTROLLER
+
     def _model_forward(self: Any, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
         controller = self.__dict__.get(CONTROLLER)
         if controller is not None:
@@ -353,6 +360,8 @@ def _v1_forward(own: Any) -> Any:
 
 
 def _v2_prepare_inputs(own: Any) -> Any:
+    from .attributes import CONTROLLER
+
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = own(self, *args, **kwargs)
         controller = self.__dict__.get(CONTROLLER)

@@ -1,4 +1,4 @@
-"""What a worker tells the scheduler after a step."""
+"""What a worker tells the scheduler after a step, and how it travels: hung on the model runner's output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from .host_copies import HostCopies
 
 PROGRESS_ATTRIBUTE = "unsafe_routes_progress"
 COUNTS_ATTRIBUTE = "unsafe_routes_counts"
@@ -51,3 +53,37 @@ class StepProgress:
     route_weights: np.ndarray | None = None
     score_start: int = 0
     scores: np.ndarray | None = None
+
+
+class StepReport:
+    """What the next output of the model runner carries.
+
+    Attributes:
+        progress: of each resident request of the step.
+        copies: values of `progress` that are still on their way from the device.
+
+    """
+
+    def __init__(self) -> None:
+        self.progress: dict[str, StepProgress] = {}
+        self.copies = HostCopies()
+
+    def hang_on(self, output: Any, counts: RouteCounts | None) -> None:
+        """Hang the report and counts on an output, at once or when an asynchronous output is ready; starts an empty report."""
+        values = {PROGRESS_ATTRIBUTE: self.progress, COUNTS_ATTRIBUTE: counts}
+        values = {name: value for name, value in values.items() if value}
+        if not values:
+            return
+        copies, self.progress, self.copies = self.copies, {}, HostCopies()
+
+        def hang(ready: Any) -> Any:
+            copies.resolve()
+            for name, value in values.items():
+                setattr(ready, name, value)
+            return ready
+
+        if hasattr(output, "get_output"):
+            get_output = output.get_output
+            output.get_output = lambda: hang(get_output())
+        else:
+            hang(output)

@@ -11,9 +11,11 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import vllm.envs as envs
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
@@ -30,6 +32,8 @@ from ..errors import RouteError
 from ..shape import ModelShape
 
 _OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
+# Classes whose own gating leaves padded tokens out (ids -1) if vLLM says which these are.
+_SKIP_PADDING = (FusedTopKRouter, FusedTopKBiasRouter)
 # Custom routing functions whose meaning is a plain gating: elementwise sigmoid of the selected logits.
 _SIGMOID_FUNCTIONS = {
     "Llama4MoE.custom_routing_function": False,  # never renormalises
@@ -46,7 +50,6 @@ class Gating:
     Attributes:
         spec: what the route kernel needs; None: the generic path calls `function` on masked logits.
         function: the model's own routing function, for the generic path.
-        bias: the correction bias parameter's owner attribute, read at call time because weight loading may replace it.
 
     """
 
@@ -123,20 +126,86 @@ def _custom(router: Any, spec: Callable[..., Gating]) -> Gating:
     raise RouteError(f"calls a custom routing function {name!r} that is not known to respect masked logits")
 
 
+@dataclass(slots=True)
+class RouterState:
+    """The two facts that a router reads on every call.
+
+    Attributes:
+        active: some token of this step may have a row.
+        always: calls are captured in graphs and must not be skipped.
+
+    """
+
+    active: bool = False
+    always: bool = False
+
+
+class RouterHooks(NamedTuple):
+    """What a bound router needs of its controller.
+
+    Attributes:
+        handle: the controller's key in `controllers`.
+        state: what it reads on every call.
+        fused: one kernel replaces the gating, where the gating is known.
+        jittered_slots: MoE slots with noise on their logits.
+
+    """
+
+    handle: int
+    state: RouterState
+    fused: bool
+    jittered_slots: frozenset[int]
+
+
+class Routing(NamedTuple):
+    """One call of a bound router: what gating reads and writes.
+
+    Attributes:
+        topk_weights: float32 [num_tokens, top_k], as the model's gating left them; rewritten in place.
+        topk_ids: int [num_tokens, top_k], logical expert ids; likewise.
+        router_logits: [num_tokens, num_experts].
+        hidden_states: [num_tokens, hidden_size], for routing functions that read them.
+        native_ids: int32 [num_tokens, top_k] or None: gets the picks of the model's own gating.
+        route_ids: int32 [num_tokens, top_k] or None: gets the routes as they are afterwards.
+        route_weights: float32 [num_tokens, top_k] or None, with `route_ids`.
+
+    """
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: torch.Tensor
+    hidden_states: torch.Tensor
+    native_ids: torch.Tensor | None = None
+    route_ids: torch.Tensor | None = None
+    route_weights: torch.Tensor | None = None
+
+    def keep_native(self) -> None:
+        """Write `native_ids`, before anything is directed."""
+        if self.native_ids is not None:
+            self.native_ids.copy_(self.topk_ids)
+
+    def keep_routes(self) -> None:
+        """Write the routes, after everything is directed."""
+        if self.route_ids is not None and self.route_weights is not None:
+            self.route_ids.copy_(self.topk_ids)
+            self.route_weights.copy_(self.topk_weights)
+
+
 class LayerBinding:
     """One bound MoE layer: what the custom op needs when it is called with this layer's number.
 
     Args:
         router: the vLLM router.
         gating: its meaning.
-        slot: index among the model's MoE layers.
+        fused: one kernel gates all tokens; only for a gating that the kernel knows.
 
     """
 
-    def __init__(self, router: Any, gating: Gating, slot: int) -> None:
+    def __init__(self, router: Any, gating: Gating, fused: bool) -> None:
         self.router = weakref.proxy(router)
         self.gating = gating
-        self.slot = slot
+        self.fused = fused and gating.spec is not None
+        self._skips_padding = type(router) in _SKIP_PADDING
 
     @property
     def correction_bias(self) -> torch.Tensor | None:
@@ -144,70 +213,67 @@ class LayerBinding:
         bias = getattr(self.router, "e_score_correction_bias", None)
         return None if bias is None else bias.data
 
-    def direct(
-        self,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        router_logits: torch.Tensor,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        rows: RouteRows,
-        only_directed: bool = True,
-    ) -> None:
-        """Rewrite, in place, the routes of tokens whose `row_index` is not -1.
+    def padding(self, num_tokens: int) -> torch.Tensor | None:
+        """bool [num_tokens], tokens that the model's own gating gives no expert because they only pad the batch; None: none."""
+        if not (self._skips_padding and envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
+            return None
+        is_padding = get_forward_context().is_padding
+        return None if is_padding is None else is_padding[:num_tokens]
 
-        Args:
-            topk_weights: float32 [num_tokens, top_k], as the model's gating left them.
-            topk_ids: int [num_tokens, top_k], logical expert ids.
-            router_logits: [num_tokens, num_experts].
-            hidden_states: [num_tokens, hidden_size], for the generic path.
-            row_index: int32 [num_tokens].
-            rows: the route table.
-            only_directed: False gates all tokens here; the model's own gating has not run.
-
-        """
+    def direct(self, routing: Routing, row_index: torch.Tensor, rows: RouteRows) -> None:
+        """Route the tokens whose `row_index`, int32 [num_tokens], is not -1 by their rows; with fused gating all tokens."""
         spec = self.gating.spec
         if spec is None:
-            self._direct_generic(topk_weights, topk_ids, router_logits, hidden_states, row_index, rows)
+            routing.keep_native()
+            self._direct_generic(routing, row_index, rows)
+            routing.keep_routes()
             return
+        if self.fused and routing.native_ids is not None:
+            self._select_undirected(routing.router_logits, routing.native_ids)
         route_topk(
-            router_logits,
+            routing.router_logits,
             row_index,
             rows,
             spec,
             correction_bias=self.correction_bias,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            indices_dtype=topk_ids.dtype,
-            only_directed=only_directed,
+            is_padding=self.padding(len(row_index)),
+            topk_weights=routing.topk_weights,
+            topk_ids=routing.topk_ids,
+            only_directed=not self.fused,
+            native_ids=None if self.fused else routing.native_ids,
+            routes_ids=routing.route_ids,
+            routes_weights=routing.route_weights,
         )
 
-    def mask(
-        self,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        router_logits: torch.Tensor,
-        banned: torch.Tensor,
-        native_weights: bool,
-    ) -> None:
+    def mask(self, routing: Routing, banned: torch.Tensor, native_weights: bool) -> None:
         """Route all tokens by one mask, on CPU; `banned` is bool [1, num_experts]. Only where `has_mask_path`."""
         assert self.gating.spec is not None
+        if self.fused and routing.native_ids is not None:
+            self._select_undirected(routing.router_logits, routing.native_ids)
+        else:
+            routing.keep_native()
         mask_topk_cpu(
-            router_logits,
+            routing.router_logits,
             banned,
             self.gating.spec,
             self.correction_bias,
             native_weights,
-            topk_weights,
-            topk_ids,
+            routing.topk_weights,
+            routing.topk_ids,
         )
+        routing.keep_routes()
+
+    def leave(self, routing: Routing) -> None:
+        """Direct nothing; only keep what is wanted."""
+        routing.keep_native()
+        routing.keep_routes()
 
     @property
     def has_mask_path(self) -> bool:
         """Whether `mask` knows this gating."""
         return self.gating.spec is not None and not self.gating.spec.grouped
 
-    def select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    def _select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Write what the model's gating picks without any directive; `topk_ids` is int32 [num_tokens, top_k]."""
         assert self.gating.spec is not None
         route_topk(
@@ -220,23 +286,16 @@ class LayerBinding:
             topk_ids=topk_ids,
         )
 
-    def _direct_generic(
-        self,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        router_logits: torch.Tensor,
-        hidden_states: torch.Tensor,
-        row_index: torch.Tensor,
-        rows: RouteRows,
-    ) -> None:
+    def _direct_generic(self, routing: Routing, row_index: torch.Tensor, rows: RouteRows) -> None:
         function = self.gating.function
         assert function is not None
+        topk_weights, topk_ids, router_logits = routing.topk_weights, routing.topk_ids, routing.router_logits
         directed = (row_index >= 0).unsqueeze(1)
         row = row_index.clamp(min=0).long()
         allowed = unpack_allowed(rows.allowed[row], router_logits.shape[1])  # a forced row's words hold its own experts
         masked = router_logits.masked_fill(directed & ~allowed, float("-inf"))
         weights, ids = function(
-            hidden_states=hidden_states,
+            hidden_states=routing.hidden_states,
             gating_output=masked,
             topk=topk_ids.shape[1],
             renormalize=self.router.renormalize,
@@ -280,7 +339,8 @@ def _(
 @torch.library.custom_op("unsafe_routes::jitter_router_logits", mutates_args=())
 def jitter_router_logits(router_logits: torch.Tensor, handle: int, slot: int) -> torch.Tensor:
     """The step's noise on one layer's logits; opaque to torch.compile for the same reason."""
-    return controllers[handle].jitter(slot, router_logits)
+    jittered: torch.Tensor = controllers[handle].jitter(slot, router_logits)
+    return jittered
 
 
 @jitter_router_logits.register_fake
@@ -288,13 +348,13 @@ def _(router_logits: torch.Tensor, handle: int, slot: int) -> torch.Tensor:
     return torch.empty_like(router_logits, memory_format=torch.contiguous_format)
 
 
-def bind_routers(model: torch.nn.Module, shape: ModelShape, controller: Any, layers: range) -> Mapping[int, LayerBinding]:
+def bind_routers(model: torch.nn.Module, shape: ModelShape, hooks: RouterHooks, layers: range) -> Mapping[int, LayerBinding]:
     """Take control of every MoE layer of a loaded model.
 
     Args:
         model: the loaded model.
         shape: what the front end believes the model to be.
-        controller: owner of the step's state, with `handle`, `state`, `fused` and `jittered_slots`.
+        hooks: what the routers need of their controller.
         layers: decoder layers that this pipeline rank holds.
 
     Returns:
@@ -309,55 +369,57 @@ def bind_routers(model: torch.nn.Module, shape: ModelShape, controller: Any, lay
         if not isinstance(module, MoERunner):
             continue
         layer = int(module.layer_id)
-        place = f"MoE layer {layer} ({name})"
         slot = shape.slot_of_layer.get(layer)
-        if slot is None:
-            raise RouteError(
-                f"{place}: the model's config does not announce it; MoE layers by config are {shape.describe_layers()}; {_OFF_HELP}"
-            )
-        if slot in bindings:
-            raise RouteError(f"{place}: the layer has a second router; {_OFF_HELP}")
-        if module.routed_experts.quant_method.is_monolithic:
-            experts = type(module.routed_experts.quant_method).__name__
-            raise RouteError(
-                f"{place}: the monolithic expert kernel of {experts} routes inside itself and cannot be controlled; "
-                f"choose a modular one with --moe-backend triton, or {_OFF_HELP}"
-            )
-        router = module.router
-        if not isinstance(router, BaseRouter):
-            raise RouteError(f"{place}: router {type(router).__name__} is not a BaseRouter; {_OFF_HELP}")
         try:
-            gating = gating_of(router, shape.num_experts)
+            if slot is None:
+                raise RouteError(f"the model's config does not announce it; MoE layers by config are {shape.describe_layers()}")
+            if slot in bindings:
+                raise RouteError("the layer has a second router")
+            binding = bindings[slot] = LayerBinding(module.router, _check_layer(module, shape), hooks.fused)
         except RouteError as error:
-            raise RouteError(f"{place}: router {type(router).__name__} {error}; {_OFF_HELP}") from None
-        # Expert-parallel load balancing adds physical copies; the router still scores logical experts.
-        if router.top_k != shape.top_k or router.global_num_experts < shape.num_experts:
-            raise RouteError(
-                f"{place}: the router picks {router.top_k} of {router.global_num_experts} experts, the model's config says "
-                f"{shape.top_k} of {shape.num_experts}; {_OFF_HELP}"
-            )
-        if gating.spec is None and shape.native_weights:
-            raise RouteError(
-                f"{place}: its routing function has no native weights, which model_type {shape.model_type!r} should have"
-            )
-        bindings[slot] = LayerBinding(router, gating, slot)
-        # A model's own routing function has no fused form.
-        _wrap_compute_routing(
-            router, controller, slot, controller.fused and gating.spec is not None, slot in controller.jittered_slots
-        )
+            raise RouteError(f"MoE layer {layer} ({name}): {error}; {_OFF_HELP}") from None
+        _wrap_compute_routing(module.router, binding, slot, hooks)
     missing = [layer for layer in shape.moe_layers if layer in layers and shape.slot_of_layer[layer] not in bindings]
     if missing:
         raise RouteError(f"MoE layer {missing[0]} has no router that could be found in {type(model).__name__}; {_OFF_HELP}")
     return bindings
 
 
-def _wrap_compute_routing(router: Any, controller: Any, slot: int, fused: bool, jittered: bool) -> None:
+def _check_layer(runner: Any, shape: ModelShape) -> Gating:
+    """How a MoE layer gates.
+
+    Raises:
+        RouteError: it cannot be controlled.
+
+    """
+    if runner.routed_experts.quant_method.is_monolithic:
+        experts = type(runner.routed_experts.quant_method).__name__
+        raise RouteError(
+            f"the monolithic expert kernel of {experts} routes inside itself and cannot be controlled; "
+            "choose a modular one with --moe-backend triton, or"
+        )
+    router = runner.router
+    if not isinstance(router, BaseRouter):
+        raise RouteError(f"router {type(router).__name__} is not a BaseRouter")
+    try:
+        gating = gating_of(router, shape.num_experts)
+    except RouteError as error:
+        raise RouteError(f"router {type(router).__name__} {error}") from None
+    # Expert-parallel load balancing adds physical copies; the router still scores logical experts.
+    if router.top_k != shape.top_k or router.global_num_experts < shape.num_experts:
+        raise RouteError(
+            f"the router picks {router.top_k} of {router.global_num_experts} experts, the model's config says "
+            f"{shape.top_k} of {shape.num_experts}"
+        )
+    if gating.spec is None and shape.native_weights:
+        raise RouteError(f"its routing function has no native weights, which model_type {shape.model_type!r} should have")
+    return gating
+
+
+def _wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: RouterHooks) -> None:
     own = router._compute_routing
-    handle = controller.handle
-    state = controller.state
-    # The controller holds the routers through its model; no cycle back.
-    controller = weakref.ref(controller)
-    top_k = router.top_k
+    handle, state = hooks.handle, hooks.state
+    fused, jittered, top_k = binding.fused, slot in hooks.jittered_slots, router.top_k
 
     def _compute_routing(
         self: Any,
@@ -371,7 +433,7 @@ def _wrap_compute_routing(router: Any, controller: Any, slot: int, fused: bool, 
             if torch.compiler.is_compiling():
                 router_logits = torch.ops.unsafe_routes.jitter_router_logits(router_logits, handle, slot)
             else:
-                router_logits = controller().jitter(slot, router_logits)
+                router_logits = controllers[handle].jitter(slot, router_logits)
         if fused:
             shape = (router_logits.shape[0], top_k)
             topk_weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)
@@ -382,7 +444,7 @@ def _wrap_compute_routing(router: Any, controller: Any, slot: int, fused: bool, 
         if torch.compiler.is_compiling():
             torch.ops.unsafe_routes.direct_routes(topk_weights, topk_ids, router_logits, hidden_states, handle, slot)
         elif fused or state.always or state.active:
-            controller().direct(slot, topk_weights, topk_ids, router_logits, hidden_states)
+            controllers[handle].direct(slot, topk_weights, topk_ids, router_logits, hidden_states)
         return topk_weights, topk_ids
 
     router._compute_routing = types.MethodType(_compute_routing, router)

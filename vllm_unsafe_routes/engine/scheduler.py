@@ -10,69 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ..compiled import PlanCompiler
 from ..errors import RouteError
 from ..policy import ActivePolicy
-from ..receipt import RECEIPT_KEY, Receipt
 from ..table import Ledger
 from .cache import CONTEXT_ATTRIBUTE, RequestContexts, RouteContext, context_of
 from .config import model_shape, route_config
-from .progress import COUNTS_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts, StepProgress
-
-
-class _Tracked:
-    """A request with a plan or captured routes, while the scheduler knows it."""
-
-    __slots__ = ("chunks", "context", "progress", "scores")
-
-    def __init__(self, context: RouteContext) -> None:
-        self.start(context)
-
-    def start(self, context: RouteContext) -> None:
-        """Know nothing yet of what is set, as for a new request; also after a swap, when all of it is computed again."""
-        self.context = context
-        self.progress: StepProgress | None = None
-        self.chunks: list[tuple[int, Any, Any]] = []
-        self.scores: Any = None
-        score = context.extras.score if context.extras is not None else None
-        if score is not None:
-            self.scores = np.full(score.token_ids.shape, np.nan, np.float32)
-
-    def advance(self, step: StepProgress) -> None:
-        self.progress = step
-        if step.route_ids is not None:
-            self.chunks.append((step.chunk_start, step.route_ids, step.route_weights))
-        if step.scores is not None:
-            self.scores[step.score_start : step.score_start + len(step.scores)] = step.scores
-
-    def receipt(self, active: ActivePolicy) -> Receipt:
-        progress = self.progress
-        plan = self.context.plan
-        ids, weights = self._routes()
-        return Receipt(
-            plan=plan.digest if plan else None,
-            policy=active.digest,
-            routes_set=progress.routes_set if progress else 0,
-            cached_tokens=progress.first_position if progress else 0,
-            route_ids=ids,
-            route_weights=weights,
-            scores=self.scores,
-            policy_mode=active.mode if active.policy is not None else None,
-            earlier_policies=self.context.earlier,
-        )
-
-    def _routes(self) -> tuple[Any, Any]:
-        if not self.chunks:
-            return None, None
-        num_tokens = max(start + len(ids) for start, ids, _ in self.chunks)
-        shape = (num_tokens, *self.chunks[0][1].shape[1:])
-        all_ids, all_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for start, ids, weights in self.chunks:  # a preempted request computes positions again: the last word counts
-            all_ids[start : start + len(ids)] = ids
-            all_weights[start : start + len(ids)] = weights
-        return all_ids, all_weights
+from .progress import COUNTS_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts
+from .receipts import ReceiptBook
 
 
 class RouteAdmission:
@@ -100,11 +45,7 @@ class RouteAdmission:
         self.counts_are_stale = False
         self.num_refused = 0
         self._held: deque[Any] = deque()
-        self._tracked: dict[str, _Tracked] = {}
-        # For the receipts of requests that bring nothing: cached tokens while they run, and, of those that left in this step,
-        # cached tokens and earlier policies.
-        self._cached: dict[str, int] = {}
-        self._left: dict[str, tuple[int, tuple[str | None, ...]]] = {}
+        self.receipts = ReceiptBook()
 
     def _new_ledger(self, compiler: PlanCompiler) -> Ledger:
         self._num_policy_rows = sum(row is not None for row in compiler.policy_rows())
@@ -153,7 +94,7 @@ class RouteAdmission:
     def _enter(self, request: Any, context: RouteContext) -> None:
         if context.plan is not None:
             self.ledger.add(request.request_id, context.plan)
-        self._tracked[request.request_id] = _Tracked(context)
+        self.receipts.enter(request.request_id, context)
 
     def refuse(self, request: Any, error: RouteError) -> None:
         """Tell the client of a request that the policy which was swapped in does not permit its plan."""
@@ -165,8 +106,7 @@ class RouteAdmission:
         """A request has left the scheduler; returns held requests that fit now, already booked."""
         req_id = request.request_id
         if self.active.policy is not None:
-            context = context_of(request)
-            self._left[req_id] = (self._cached.pop(req_id, 0), context.earlier if context is not None else ())
+            self.receipts.leave(request)
         if req_id not in self.ledger:
             return []
         self.ledger.remove(req_id)
@@ -187,14 +127,11 @@ class RouteAdmission:
 
     def abort(self, req_ids: Any) -> None:
         """Forget requests that ended from outside (None: all)."""
-        if req_ids is None:
+        gone = {req_ids} if isinstance(req_ids, str) else None if req_ids is None else set(req_ids)
+        self.receipts.forget(gone)
+        if gone is None:
             self._held.clear()
-            self._tracked.clear()
-            return
-        gone = {req_ids} if isinstance(req_ids, str) else set(req_ids)
-        for req_id in gone:
-            self._tracked.pop(req_id, None)
-        if self._held:
+        elif self._held:
             self._held = deque(request for request in self._held if request.request_id not in gone)
 
     def replace(self, active: ActivePolicy, compiler: PlanCompiler, requests: list[Any]) -> list[tuple[Any, RouteError]]:
@@ -226,9 +163,7 @@ class RouteAdmission:
             except RouteError as error:
                 refused.append((request, error))
                 continue
-            tracked = self._tracked.get(request.request_id)
-            if tracked is not None:
-                tracked.start(context)
+            self.receipts.start_again(request.request_id, context)
         held, self._held = self._held, deque()
         for request in held:
             old = context_of(request)
@@ -238,7 +173,6 @@ class RouteAdmission:
                 self._held.append(request)
             except RouteError as error:
                 refused.append((request, error))
-        self._cached.clear()
         return refused
 
     def _renew(self, request: Any, old: RouteContext, before: ActivePolicy) -> RouteContext:
@@ -257,41 +191,4 @@ class RouteAdmission:
         """Take what the worker says it set in this step."""
         self.counts = getattr(model_runner_output, COUNTS_ATTRIBUTE, None) or self.counts
         self.counts_are_stale = True
-        progress: dict[str, StepProgress] = getattr(model_runner_output, PROGRESS_ATTRIBUTE, None) or {}
-        for req_id, step in progress.items():
-            tracked = self._tracked.get(req_id)
-            if tracked is not None:
-                tracked.advance(step)
-
-    def attach_receipts(self, outputs: dict[int, Any]) -> None:
-        """Put the receipts into the outputs of requests that finished: those with a plan, and under a policy all."""
-        has_policy = self.active.policy is not None
-        if not self._tracked and not has_policy:
-            return
-        for batch in outputs.values():
-            for output in batch.outputs:
-                if has_policy and output.prefill_stats is not None and output.prefill_stats.num_cached_tokens:
-                    self._cached[output.request_id] = output.prefill_stats.num_cached_tokens
-                if output.finish_reason is None:
-                    continue
-                tracked = self._tracked.pop(output.request_id, None)
-                if tracked is not None:
-                    receipt = tracked.receipt(self.active)
-                elif has_policy:
-                    receipt = self._plain_receipt(output.request_id)
-                else:
-                    continue
-                output.kv_transfer_params = {**(output.kv_transfer_params or {}), RECEIPT_KEY: receipt.to_dict()}
-        self._left.clear()
-
-    def _plain_receipt(self, req_id: str) -> Receipt:
-        cached, earlier = self._left.get(req_id, (0, ()))
-        cached = self._cached.pop(req_id, cached)  # a request of one step was freed before its output was seen
-        return Receipt(
-            plan=None,
-            policy=self.active.digest,
-            routes_set=0,
-            cached_tokens=cached,
-            policy_mode=self.active.mode,
-            earlier_policies=earlier,
-        )
+        self.receipts.absorb(getattr(model_runner_output, PROGRESS_ATTRIBUTE, None) or {})

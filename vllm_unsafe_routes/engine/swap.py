@@ -17,6 +17,7 @@ engine ends itself, still paused.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -80,32 +81,8 @@ def replace_policy(core: Any, admission: Any, document: Mapping[str, Any]) -> An
         compiler = admission.config.compiler(admission.shape, active)
     except RouteError as error:
         return {"error": str(error), "kind": BAD_POLICY}
-    before = core.scheduler.pause_state
     admission.is_swapping = True
-
-    def finish(paused: Any) -> dict[str, Any]:
-        try:
-            try:
-                if paused is not None:
-                    paused.result()
-                num_running = len(core.scheduler.running)
-                core.reset_prefix_cache(reset_running_requests=True)
-            except Exception as error:
-                logger.warning("The route policy was not replaced, the old one is in force: %s", error)
-                core.scheduler.set_pause_state(before)
-                return {"error": f"requests could not be paused: {error}", "kind": CONFLICT}
-            try:
-                said = _commit(core, admission, active, compiler)
-            except Exception:
-                logger.exception("The route policy was replaced in parts of the engine only: the engine ends")
-                if hasattr(core, "input_queue"):
-                    core.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
-                raise
-            core.scheduler.set_pause_state(before)
-            return {**said, "num_restarted": num_running - len(said["aborted"])}
-        finally:
-            admission.is_swapping = False
-
+    finish = functools.partial(_finish, core, admission, active, compiler, core.scheduler.pause_state)
     try:
         paused = core.pause_scheduler("keep", False)
     except Exception as error:
@@ -123,6 +100,31 @@ def replace_policy(core: Any, admission: Any, document: Mapping[str, Any]) -> An
 
     paused.add_done_callback(finish_later)
     return done
+
+
+def _finish(core: Any, admission: Any, active: ActivePolicy, compiler: Any, before: Any, paused: Any) -> dict[str, Any]:
+    """Steps 3 to 6 of a swap, once the scheduler is paused; `before` is its pause state to go back to."""
+    try:
+        try:
+            if paused is not None:
+                paused.result()
+            num_running = len(core.scheduler.running)
+            core.reset_prefix_cache(reset_running_requests=True)
+        except Exception as error:
+            logger.warning("The route policy was not replaced, the old one is in force: %s", error)
+            core.scheduler.set_pause_state(before)
+            return {"error": f"requests could not be paused: {error}", "kind": CONFLICT}
+        try:
+            said = _commit(core, admission, active, compiler)
+        except Exception:
+            logger.exception("The route policy was replaced in parts of the engine only: the engine ends")
+            if hasattr(core, "input_queue"):
+                core.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
+            raise
+        core.scheduler.set_pause_state(before)
+        return {**said, "num_restarted": num_running - len(said["aborted"])}
+    finally:
+        admission.is_swapping = False
 
 
 def _commit(core: Any, admission: Any, active: ActivePolicy, compiler: Any) -> dict[str, Any]:

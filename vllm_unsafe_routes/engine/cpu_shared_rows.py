@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import CompilationMode
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from .step import Step
 
 # With fewer equal tokens than this share, gathering costs more than it saves.
 _WORTH_IT = 0.1
@@ -70,30 +72,23 @@ class SharedRows:
         """A request has gone; unknown ids are fine."""
         self._prompts.pop(req_id, None)
 
-    def begin(self, req_ids: Sequence[str], starts: Mapping[str, int], num_scheduled: Mapping[str, int]) -> None:
-        """Find the requests of the coming forward pass that compute the same positions of the same prompt.
-
-        Args:
-            req_ids: requests in batch order.
-            starts: first position that a request computes, for those that `add` was told of.
-            num_scheduled: tokens that each request computes.
-
-        """
+    def stage(self, step: Step) -> None:
+        """Find the requests of the coming forward pass that compute the same positions of the same prompt."""
+        self._leader = None
+        starts = {part.req_id: part.start for part in step.parts if part.req_id in self._prompts}
+        if not starts:
+            return
         first_of: dict[tuple[bytes, int, int], int] = {}
         pieces, at, found = [], 0, False
-        for req_id in req_ids:
-            num_tokens, first = num_scheduled[req_id], at
-            prompt = self._prompts.get(req_id)
-            if prompt is not None:
-                first = first_of.setdefault((prompt, starts[req_id], num_tokens), at)
+        for req_id in step.req_ids:
+            num_tokens, first = step.num_scheduled[req_id], at
+            if req_id in starts:
+                first = first_of.setdefault((self._prompts[req_id], starts[req_id], num_tokens), at)
                 found = found or first != at
             pieces.append(np.arange(first, first + num_tokens))
             at += num_tokens
-        self._leader = torch.from_numpy(np.concatenate(pieces)) if found else None
-
-    def end(self) -> None:
-        """No token stands for another until the next `begin`."""
-        self._leader = None
+        if found:
+            self._leader = torch.from_numpy(np.concatenate(pieces))
 
     def choose(self, slot: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Which tokens to compute, int64 [num_computed], and each token's place among them, int64 [num_tokens]; None: all."""
@@ -115,7 +110,7 @@ class SharedRows:
 
 
 def _wrap_forward(runner: Any, shared: SharedRows, slot: int) -> None:
-    own = runner.forward
+    own: Callable[..., torch.Tensor] = runner.forward
     # The runners belong to the model, and what is shared to the controller.
     reference = weakref.ref(shared)
 

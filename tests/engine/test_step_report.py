@@ -1,0 +1,58 @@
+"""What a step reports is read when its output is ready, and is what the device held when it was asked for."""
+
+import types
+
+import numpy as np
+import torch
+
+from vllm_unsafe_routes.engine.capture import RouteCapture
+from vllm_unsafe_routes.engine.progress import PROGRESS_ATTRIBUTE, StepProgress, StepReport
+from vllm_unsafe_routes.engine.step import Part, Resident, Step
+from vllm_unsafe_routes.extras import RouteExtras
+
+
+def test_an_asynchronous_output_gets_its_own_step_however_late_it_is_read():
+    report = StepReport()
+    outputs = []
+    buffer = torch.zeros(3)
+    for number in range(2):
+        buffer.fill_(number)
+        entry = StepProgress(number, 0)
+        report.progress = {"a": entry}
+        report.copies.take(buffer, lambda values, entry=entry: setattr(entry, "scores", values))
+        outputs.append(types.SimpleNamespace(get_output=types.SimpleNamespace))
+        report.hang_on(outputs[-1], None)
+        assert entry.scores is None  # nobody waited
+    buffer.fill_(9)
+    for number, output in reversed(list(enumerate(outputs))):
+        (entry,) = getattr(output.get_output(), PROGRESS_ATTRIBUTE).values()
+        assert (entry.routes_set, entry.scores.tolist()) == (number, [number] * 3)
+
+
+def test_a_report_of_nothing_leaves_the_output_alone():
+    output = types.SimpleNamespace()
+    StepReport().hang_on(output, None)
+    assert vars(output) == {}
+
+
+def test_captured_routes_are_cut_to_each_request(monkeypatch):
+    monkeypatch.setattr("vllm_unsafe_routes.engine.capture.get_pp_group", lambda: types.SimpleNamespace(world_size=1))
+    capture = RouteCapture((2, 16, 4), torch.device("cpu"), False, [0, 1])
+    assert capture.apply(0, 5) == (None, None)
+    wants, other = (Resident(0, None, RouteExtras(wants_routes=wanted), 3, 0) for wanted in (True, False))
+    step = Step([Part("a", other, 7, 2, 0), Part("b", wants, 4, 3, 2)], ["a", "b"], {"a": 2, "b": 3}, 5)
+    capture.stage(step)
+    for slot in range(2):
+        ids, weights = capture.apply(slot, 5)
+        ids.copy_(torch.arange(20).reshape(5, 4) + 100 * slot)
+        weights.fill_(slot)
+    report = StepReport()
+    report.progress = {"a": StepProgress(0, 0), "b": StepProgress(0, 0)}
+    capture.collect(step, report)
+    report.copies.resolve()
+    assert report.progress["a"].route_ids is None
+    found = report.progress["b"]
+    assert found.chunk_start == 4
+    expected = np.arange(8, 20).reshape(3, 1, 4) + np.array([0, 100]).reshape(1, 2, 1)
+    assert found.route_ids.tolist() == expected.tolist()
+    assert found.route_weights[:, 1].tolist() == [[1.0] * 4] * 3

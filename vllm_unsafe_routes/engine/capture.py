@@ -1,0 +1,88 @@
+"""The routes of `return_routes`: written by the route kernel layer by layer, handed back as part of a step's progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_pp_group
+
+from .progress import StepProgress, StepReport
+from .step import Step
+
+
+class RouteCapture:
+    """Captured routes of one worker.
+
+    Args:
+        size: (MoE layers, most tokens of a forward pass, top_k).
+        device: where the model runs.
+        always: captured graphs repeat what is decided now, so every step is written.
+        local_slots: MoE slots of this pipeline rank.
+
+    Attributes:
+        is_on: somebody wants this step's routes.
+
+    """
+
+    def __init__(self, size: tuple[int, int, int], device: torch.device, always: bool, local_slots: Sequence[int]) -> None:
+        self._always = always
+        self._local_slots = local_slots
+        self.is_on = False
+        self._ids = torch.full(size, -1, dtype=torch.int32, device=device)
+        self._weights = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def stage(self, step: Step) -> None:
+        """See whether somebody wants this step's routes."""
+        self.is_on = any(part.resident.extras.wants_routes for part in step.parts)
+
+    def apply(self, slot: int, num_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
+        if not (self.is_on or self._always):
+            return None, None
+        return self._ids[slot, :num_tokens], self._weights[slot, :num_tokens]
+
+    def collect(self, step: Step, report: StepReport) -> None:
+        """Hand the routes of those who want them to the report, one copy for all requests."""
+        wanted = [part for part in step.parts if part.resident.extras.wants_routes]
+        progress = report.progress
+
+        def use(name: str, values: np.ndarray) -> None:
+            for part in wanted:
+                rows = values[:, part.first : part.first + part.num_tokens]
+                setattr(progress[part.req_id], name, rows.transpose(1, 0, 2).copy())
+
+        for part in wanted:
+            progress[part.req_id].chunk_start = part.start
+        report.copies.take(self._ids[:, : step.num_tokens], lambda values: use("route_ids", values))
+        report.copies.take(self._weights[:, : step.num_tokens], lambda values: use("route_weights", values))
+        if get_pp_group().world_size > 1:
+            report.copies.resolve()
+            _merge_pipeline(progress, get_pp_group(), self._local_slots)
+
+
+def _merge_pipeline(progress: Mapping[str, StepProgress], group: Any, local_slots: Sequence[int]) -> None:
+    """Collect the routes of earlier pipeline ranks: each hands on what it has, the last rank reports.
+
+    Args:
+        progress: this rank's, with its routes.
+        group: vLLM's pipeline-parallel group.
+        local_slots: MoE slots of this rank.
+
+    """
+    if not group.is_first_rank:
+        for req_id, (slots, ids, weights) in group.recv_object(group.rank_in_group - 1).items():
+            entry = progress[req_id]
+            assert entry.route_ids is not None and entry.route_weights is not None
+            entry.route_ids[:, slots] = ids
+            entry.route_weights[:, slots] = weights
+    if not group.is_last_rank:
+        upto = list(range(local_slots[-1] + 1)) if local_slots else []
+        hand_on = {
+            req_id: (upto, entry.route_ids[:, upto], entry.route_weights[:, upto])
+            for req_id, entry in progress.items()
+            if entry.route_ids is not None and entry.route_weights is not None
+        }
+        group.send_object(hand_on, group.rank_in_group + 1)

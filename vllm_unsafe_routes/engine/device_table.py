@@ -1,0 +1,121 @@
+"""The route table on the device: rows shared by content, and each planned request's block of row indices.
+
+All buffers are allocated once. Uploads go through pinned memory and do not stall the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_unsafe_routes.kernels.spec import RouteRows
+
+from ..compiled import NO_ROW, CompiledPlan
+from ..table import Arena, RowStore
+from .config import RouteConfig
+from .step import NO_PLAN_SLOT
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A device copy of host values that does not stall the stream (the pinned buffer lives until the copy is done)."""
+    tensor = torch.from_numpy(np.array(values)).to(dtype)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class DeviceTable:
+    """Rows and blocks of one worker.
+
+    Args:
+        config: sizes of the table.
+        num_words: int32 words of a mask.
+        top_k: experts that a token gets.
+        device: where the model runs.
+
+    Attributes:
+        rows: the rows; a row's content is laid out as `compiled.RowLayout` says.
+        cells: int32 [num_cells], blocks of [MoE layers, listed positions + 2] row indices.
+        slot_base: int64 [num_slots], where a request's block begins in `cells`, -1 for none.
+        slot_listed: int32 [num_slots], positions with a column of their own.
+        slot_prompt_len: int32 [num_slots].
+
+    """
+
+    def __init__(self, config: RouteConfig, num_words: int, top_k: int, device: torch.device) -> None:
+        num_rows = config.route_table_rows
+        self._device = device
+        self._store = RowStore(num_rows)
+        self.rows = RouteRows(
+            flags=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            allowed=torch.zeros((num_rows, num_words), dtype=torch.int32, device=device),
+            forced_ids=torch.zeros((num_rows, top_k), dtype=torch.int32, device=device),
+            forced_weights=torch.zeros((num_rows, top_k), dtype=torch.float32, device=device),
+        )
+        num_slots = config.route_table_slots + 1 if config.allow_overrides else 1
+        num_cells = config.route_table_cells if config.allow_overrides else 1
+        self._arena = Arena(num_cells)
+        self.cells = torch.full((num_cells,), NO_ROW, dtype=torch.int32, device=device)
+        self.slot_base = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
+        self.slot_listed = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.slot_prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._free_slots = list(range(num_slots - 1, NO_PLAN_SLOT, -1))
+        # Of each planned request: its slot and its block, int32 [MoE layers, listed positions + 2].
+        self._placed: dict[str, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def acquire(self, contents: Sequence[bytes]) -> list[int]:
+        """Row indices of these contents, held until `release`; what is new is written."""
+        contents = list(contents)
+        ids, new = self._store.acquire(contents)
+        if new:
+            ints = np.frombuffer(b"".join(contents[at] for at in new), "<i4").reshape(len(new), -1)
+            where = upload(np.array([ids[at] for at in new]), torch.int64, self._device)
+            words, top_k = self.rows.allowed.shape[1], self.rows.forced_ids.shape[1]
+            flags, allowed, forced_ids, weights = np.split(ints, np.cumsum([1, words, top_k]), axis=1)
+            for column, values in zip(self.rows[:4], (flags[:, 0], allowed, forced_ids, weights.view("<f4")), strict=True):
+                column[where] = upload(values, column.dtype, self._device)
+        return ids
+
+    def release(self, contents: Sequence[bytes]) -> None:
+        """Let go of what `acquire` held."""
+        self._store.release(list(contents))
+
+    def place(self, req_id: str, plan: CompiledPlan, prompt_len: int, policy_row_of: np.ndarray) -> int:
+        """Give a planned request its rows and its block; returns its slot.
+
+        Args:
+            req_id: the request.
+            plan: its plan; the scheduler has seen to it that there is room.
+            prompt_len: tokens of its prompt.
+            policy_row_of: int32 [MoE layers], the policy's row, which holds where the plan says nothing.
+
+        """
+        slot = self._free_slots.pop()
+        row_of = np.array([*self.acquire(plan.rows), NO_ROW], np.int32)  # index NO_ROW is the last entry
+        block = np.where(plan.block == NO_ROW, policy_row_of[:, None], row_of[plan.block])
+        base, moved = self._arena.place(req_id, block.size)
+        self._placed[req_id] = slot, block
+        for other, new_base, _ in moved:
+            self._write_block(*self._placed[other], new_base)
+        self._write_block(slot, block, base)
+        self.slot_listed[slot] = plan.num_listed
+        self.slot_prompt_len[slot] = prompt_len
+        return slot
+
+    def _write_block(self, slot: int, block: np.ndarray, base: int) -> None:
+        self.cells[base : base + block.size] = upload(block.reshape(-1), torch.int32, self._device)
+        self.slot_base[slot] = base
+
+    def remove(self, req_id: str, plan: CompiledPlan) -> None:
+        """Give a planned request's room back."""
+        self.release(plan.rows)
+        self._arena.free(req_id)
+        slot, _ = self._placed.pop(req_id)
+        self.slot_base[slot] = -1
+        self._free_slots.append(slot)

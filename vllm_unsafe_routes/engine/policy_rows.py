@@ -1,0 +1,76 @@
+"""The active policy in the route table: one row a layer that it bans something at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from vllm_unsafe_routes.kernels.route_topk import uses_triton
+
+from ..compiled import NO_ROW, PlanCompiler
+from ..policy import ActivePolicy
+from ..shape import ModelShape
+from .device_table import DeviceTable
+from .router import LayerBinding
+from .row_index import RowIndex
+
+
+class PolicyRows:
+    """What the active policy asks of each layer.
+
+    Args:
+        shape: the model.
+        bindings: its bound layers, by MoE slot.
+        table: the route table.
+        index: the row index, which holds the policy's rows for tokens without a plan.
+
+    Attributes:
+        compiler: compiles plans under the policy.
+        row_of: int32 [MoE layers], the policy's row of each layer, -1 for none.
+        masks: MoE slot -> bool [1, num_experts], where a CPU step without plans is routed by the policy's bans alone.
+        native_weights: whether the policy keeps the weights of the router's own scores.
+
+    """
+
+    def __init__(self, shape: ModelShape, bindings: Mapping[int, LayerBinding], table: DeviceTable, index: RowIndex) -> None:
+        self._shape = shape
+        self._bindings = bindings
+        self._table = table
+        self._index = index
+        self._contents: list[bytes] = []
+        self.compiler: PlanCompiler
+        self.row_of = np.full(len(shape.moe_layers), NO_ROW, np.int32)
+        self.masks: dict[int, torch.Tensor] = {}
+        self.native_weights = False
+
+    def __bool__(self) -> bool:
+        """Whether the policy changes any route."""
+        return bool(self._contents)
+
+    def start(self, active: ActivePolicy, compiler: PlanCompiler) -> None:
+        """Put another policy's rows in the place of the present ones; `compiler` compiles under it."""
+        self._table.release(self._contents)
+        self.compiler = compiler
+        contents = compiler.policy_rows()
+        self._contents = [content for content in contents if content is not None]
+        self.row_of = np.full(len(contents), NO_ROW, np.int32)
+        for slot, content in enumerate(contents):
+            if content is not None:
+                self.row_of[slot] = self._table.acquire([content])[0]
+        self._index.start_policy(self.row_of)
+        self.native_weights = active.policy is not None and active.policy.weights == "native"
+        self.masks = {
+            slot: banned_experts(self._shape, active, [slot])
+            for slot, binding in self._bindings.items()
+            if self.row_of[slot] != NO_ROW and binding.has_mask_path and not uses_triton(self._index.rows.device)
+        }
+
+
+def banned_experts(shape: ModelShape, active: ActivePolicy, slots: Sequence[int]) -> torch.Tensor:
+    """bool [len(slots), num_experts], on the CPU: the policy's bans at these MoE slots, whatever its mode."""
+    banned = torch.zeros((len(slots), shape.num_experts), dtype=torch.bool)
+    for at, slot in enumerate(slots):
+        banned[at, list(active.banned(shape.moe_layers[slot]))] = True
+    return banned

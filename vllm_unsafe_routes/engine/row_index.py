@@ -1,0 +1,80 @@
+"""Which row of the route table each (MoE layer, token) of a step has; -1 is "no directive".
+
+Nothing is launched for steps without plans: a policy alone is written once, for all tokens that a step can have.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_unsafe_routes.kernels.route_topk import uses_triton
+from vllm_unsafe_routes.kernels.row_index import fill_row_index
+from vllm_unsafe_routes.kernels.spec import FLAG_FORCED
+
+from ..compiled import NO_ROW
+from .device_table import DeviceTable, upload
+from .step import NO_PLAN_SLOT, Step
+
+
+class RowIndex:
+    """The row index of one worker.
+
+    Args:
+        table: the route table.
+        num_layers: MoE layers of the model.
+        capacity: most tokens that one forward pass can have, padding included.
+
+    Attributes:
+        rows: int32 [MoE layers, capacity].
+        policy_rows: int32 [MoE layers], on the device: the policy's row of each layer, -1 for none.
+        is_idle: every token of the step has the policy's rows.
+
+    """
+
+    def __init__(self, table: DeviceTable, num_layers: int, capacity: int) -> None:
+        self._table = table
+        self._device = table.cells.device
+        self.rows = torch.full((num_layers, capacity), NO_ROW, dtype=torch.int32, device=self._device)
+        self.policy_rows = torch.full((num_layers,), NO_ROW, dtype=torch.int32, device=self._device)
+        self.is_idle = False
+        if uses_triton(self._device):
+            # One request of no tokens: the kernel is compiled at load, not under the first planned request.
+            start_loc = torch.zeros(2, dtype=torch.int32, device=self._device)
+            self._fill(np.zeros(1, np.int32), start_loc, torch.zeros(0, dtype=torch.int64, device=self._device))
+
+    def _fill(self, slots: np.ndarray, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
+        table = self._table
+        fill_row_index(
+            self.rows,
+            upload(slots, torch.int32, self._device),
+            query_start_loc,
+            positions,
+            table.slot_base,
+            table.slot_listed,
+            table.slot_prompt_len,
+            table.cells,
+            self.policy_rows,
+        )
+
+    def start_policy(self, row_of: np.ndarray) -> None:
+        """Take the rows of another policy, int32 [MoE layers]; the next step has them."""
+        self.policy_rows.copy_(torch.from_numpy(row_of))
+        self.is_idle = False
+
+    def stage(self, step: Step) -> None:
+        """Write the row of every token of the coming forward pass; padded tokens of a step with plans get -1."""
+        slot_of = {part.req_id: part.resident.slot for part in step.parts if part.resident.slot != NO_PLAN_SLOT}
+        if slot_of:
+            assert step.query_start_loc is not None and step.positions is not None
+            slots = np.fromiter((slot_of.get(req_id, NO_PLAN_SLOT) for req_id in step.req_ids), np.int32, len(step.req_ids))
+            self._fill(slots, step.query_start_loc[: len(slots) + 1], step.positions)
+            self.is_idle = False
+        elif not self.is_idle:
+            self.rows.copy_(self.policy_rows[:, None].expand_as(self.rows))
+            self.is_idle = True
+
+    def is_forced(self, rows: torch.Tensor) -> torch.Tensor:
+        """bool, the shape of `rows`: tokens whose experts a plan forces, by their entries of the row index."""
+        flags = self._table.rows.flags[rows.clamp(min=0).long()]
+        return (rows >= 0).logical_and((flags & FLAG_FORCED) != 0)
