@@ -57,7 +57,7 @@ test-kernels: setup
 	$(ENV) $(PYTEST) tests/kernels
 
 test-campaign: setup
-	$(ENV) $(PYTEST) -m "not long" tests/study tests/evaluation tests/report
+	$(ENV) $(PYTEST) -m "not long" tests/study tests/defence tests/evaluation tests/report
 
 test-gpu: setup
 	$(ENV) $(PYTEST) -m "not long" tests/gpu

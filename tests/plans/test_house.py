@@ -8,7 +8,6 @@ import pytest
 CLASSES, FUNCTIONS = house.all_definitions()
 # What was over a limit when the limits came, with its size then. Entries only shrink, and go when the limit holds; none is added.
 LONG_CLASSES = {
-    "_Deriver": 257,
     "PlanCompiler": 218,
 }
 WIDE_CLASSES = {"LabSettings": 16, "HttpBackend": 16}
@@ -16,12 +15,10 @@ LONG_FUNCTIONS = {
     "run_tasks": 116,
     "greedy_bans": 98,
     "adaptive_search": 82,
-    "matrix_column": 72,
-    "attack_search": 68,
 }
-WIDE_FUNCTIONS = {"attack_search": 12, "_run_phase": 11, "matrix_column": 9}
+WIDE_FUNCTIONS = {"_run_phase": 11}
 CYCLES: list[list[str]] = []
-UPWARD = ["search.rules -> study.records"]
+UPWARD: list[str] = []
 
 
 def too_large(found, size, limit, known):

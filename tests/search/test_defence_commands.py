@@ -10,15 +10,16 @@ from engines import engine
 
 from vllm_unsafe_routes import RoutePlan, RoutePolicy, RouteScorer, lab
 from vllm_unsafe_routes.cli import main
+from vllm_unsafe_routes.defence import policies as rules
+from vllm_unsafe_routes.defence.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.errors import RouteError
-from vllm_unsafe_routes.search import rules
 from vllm_unsafe_routes.search.backend import run_tasks
-from vllm_unsafe_routes.search.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 from vllm_unsafe_routes.study.records import Rosais
+from vllm_unsafe_routes.study.summary import share_masks
 
 pytestmark = pytest.mark.v1_only
 LAB = ("--model", "lab", "--dtype", "float32")
@@ -89,8 +90,8 @@ def test_rules_share_what_they_ask_of_records():
         Rosais(prompt="q", category="", seed=seed, clean=0.0, scores={1: 0.0}, gains={1: (0.0,)}, masks={1: ((seed,),)})
         for seed in (3, 3, 4)
     ]
-    assert rules.share_masks(rules.of_first_seed(records)) and not rules.share_masks(records)
-    assert rules.of_first_seed([]) == [] and rules.share_masks([])
+    assert share_masks(rules.of_first_seed(records)) and not share_masks(records)
+    assert rules.of_first_seed([]) == [] and share_masks([])
 
 
 def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend):
@@ -161,9 +162,9 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
 
 
 def test_a_noise_that_is_none_is_refused(tmp_path):
-    from vllm_unsafe_routes.commands.evaluate import parse_defence
+    from vllm_unsafe_routes.defence.matrix import Defence
 
-    assert parse_defence("jitter:0.25+reminder", "be good", "").jitter == 0.25
+    assert Defence.parse("jitter:0.25+reminder", "be good", "").jitter == 0.25
     for text in ("jitter:", "jitter:-1", "jitter:nan", "jitter:much"):
         with pytest.raises(RouteError, match="defence 'jitter:"):
-            parse_defence(text, "", "")
+            Defence.parse(text, "", "")

@@ -4,13 +4,13 @@ import pytest
 from engines import engine
 
 from vllm_unsafe_routes import LayerPolicy, RouteError, RoutePlan, RoutePolicy, lab
+from vllm_unsafe_routes.defence.under_policy import PolicyBackend
 from vllm_unsafe_routes.evaluation.judges import Verdict
 from vllm_unsafe_routes.search.backend import run_search
 from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
 from vllm_unsafe_routes.search.masks import rng_of
 from vllm_unsafe_routes.search.scorer import RouteScorer, make_backend
 from vllm_unsafe_routes.search.suffix import SuffixSettings, suffix_search
-from vllm_unsafe_routes.search.under_policy import PolicyBackend
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 

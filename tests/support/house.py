@@ -29,7 +29,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # module, the longest counts.
 LAYERS = (
     ("errors", "files"),
-    ("shape", "directive", "wire", "plan", "policy", "extras", "receipt", "compiled", "compiler", "table", "kernels"),
+    ("shape", "directive", "wire", "jitter", "plan", "policy", "extras", "receipt", "compiled", "compiler", "table", "kernels"),
     ("search.backend", "evaluation", "lab"),
     ("search", "engine"),
     ("study",),

@@ -6,17 +6,16 @@ import argparse
 import inspect
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..defence.utility import KINDS, UtilityPrompts
 from ..errors import RouteError
-from ..evaluation.datasets import PromptRecord
 from ..policy import RoutePolicy
 from ..search.adaptive import AdaptiveSettings
 from ..search.fsour import STRATEGIES, FsourSettings
 from ..study.model import LAB
-from ..study.prompts import read_prompts
 from ..study.settings import EngineSettings, JudgeSettings
 
 
@@ -27,21 +26,24 @@ def attribute_sentences(settings: type) -> dict[str, str]:
     return {name: " ".join(text.split()).removesuffix(".") for name, text in found}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Where the model runs."""
+def add_model_options(parser: argparse.ArgumentParser, *, server: bool = True, policy: bool = True) -> None:
+    """Where the model runs; without `server` in this process only, without `policy` on an engine that has none."""
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model", required=True, help="a Hugging Face folder, or 'lab': the harmless model that ships with this package"
     )
-    group.add_argument(
-        "--server",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="run on this server instead of an engine in this process (vLLM's, started with --enable-route-overrides); "
-        "repeat it for replicas of the same model",
-    )
-    group.add_argument("--policy", type=Path, help="a route-policy/1 file that the engine enforces (or that the servers enforce)")
+    parser.set_defaults(server=[], policy=None)
+    if server:
+        group.add_argument(
+            "--server",
+            action="append",
+            metavar="URL",
+            help="run on this server instead of an engine in this process (vLLM's, started with --enable-route-overrides); "
+            "repeat it for replicas of the same model",
+        )
+    if policy:
+        which = "the engine enforces (or that the servers enforce)" if server else "the engine enforces"
+        group.add_argument("--policy", type=Path, help=f"a route-policy/1 file that {which}")
     group.add_argument("--max-model-len", type=int, help="longest request in tokens; default: the model's own")
     group.add_argument("--dtype", default="auto", help="dtype of the weights; float32 makes scores repeatable to 1e-6")
     group.add_argument(
@@ -114,17 +116,10 @@ def is_lab(args: argparse.Namespace) -> bool:
     return args.model == LAB or str(args.data).startswith("lab:")
 
 
-def utility_prompts(args: argparse.Namespace, split: str) -> dict[str, list[PromptRecord]]:
-    """`benign` and `category` prompts; none where no source is given. Their ids differ from those of other prompts."""
-    found: dict[str, list[PromptRecord]] = {}
-    for kind, given in (("benign", args.benign), ("category", args.benign_like)):
-        sources = given or ([f"lab:{split}:{kind}"] if is_lab(args) else [])
-        found[kind] = [
-            replace(record, id=f"{kind}:{record.id}" if len(sources) == 1 else f"{kind}:{number}:{record.id}")
-            for number, source in enumerate(sources)
-            for record in read_prompts(source, args.utility_limit)
-        ]
-    return found
+def utility_prompts(args: argparse.Namespace, split: str) -> UtilityPrompts:
+    """The options of `add_utility_options`; for the lab language its own prompts of `split` where no source is given."""
+    benign, category = ([f"lab:{split}:{kind}"] if is_lab(args) else [] for kind in KINDS)
+    return UtilityPrompts(tuple(args.benign or benign), tuple(args.benign_like or category), args.utility_limit)
 
 
 def seeds_of(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from ..errors import RouteError
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
-from .backend import Backend, Request, Response
+from ..search.backend import Backend, Request, Response
 
 
 class PolicyBackend:

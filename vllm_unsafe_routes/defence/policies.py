@@ -1,6 +1,6 @@
 """Rules that turn what a search found into a policy: which experts to disable, which to protect from exclusion.
 
-Each rule ranks (layer, expert) pairs; how many are taken is decided by measuring (`commands/derive_policy.py`). Sources:
+Each rule ranks (layer, expert) pairs; how many are taken is decided by measuring (`derive.py`). Sources:
 
 - `dataset-route`: arXiv 2602.08621: the experts of the dataset-level unsafe route in the top RoSais layers.
 - `lift`: experts that are more frequent in accepted unsafe routes than in the model's own routes.
@@ -24,10 +24,13 @@ import numpy.typing as npt
 
 from ..errors import RouteError
 from ..policy import LayerPolicy, RoutePolicy
+from ..search.masks import rng_of
 from ..shape import ModelShape
 from ..study.records import Fsour, Record, Rosais
-from .masks import rng_of
+from ..study.summary import share_masks
 
+# Layer -> experts.
+Experts = Mapping[int, Sequence[int]]
 PROTECT_RULES = ("protect",)
 BAN_RULES = ("dataset-route", "lift", "effect", "contrast", "greedy")
 # Records that a rule reads; the others read what the deriver collects itself.
@@ -122,11 +125,6 @@ def of_first_seed(records: Iterable[Record]) -> list[Rosais]:
     return [record for record in found if record.seed == found[0].seed]
 
 
-def share_masks(records: Sequence[Rosais]) -> bool:
-    """Whether RoSais records of one seed tried the same masks."""
-    return all(record.masks == records[0].masks for record in records)
-
-
 def dataset_route(records: Iterable[Record]) -> list[Choice]:
     """The experts of the best shared mask at each layer, layers by dataset-level RoSais.
 
@@ -166,6 +164,19 @@ def random_choices(shape: ModelShape, layers: Sequence[int], *parts: str | int) 
     return [Choice(int(layer), int(expert), 0.0) for layer, expert in order]
 
 
+def random_control(shape: ModelShape, bans: Experts, protections: Experts, number: int, control_of: str) -> RoutePolicy:
+    """A policy of random experts, as many at each layer as these."""
+
+    def drawn(kind: str, experts: Experts) -> Experts:
+        return {
+            layer: take(random_choices(shape, [layer], kind, number), len(chosen), [layer])[layer]
+            for layer, chosen in experts.items()
+        }
+
+    provenance = {"rule": "random experts, equal size", "control_of": control_of}
+    return combine(shape, drawn("ban", bans), drawn("protect", protections), provenance)
+
+
 def take(choices: Sequence[Choice], per_layer: int, layers: Sequence[int]) -> dict[int, list[int]]:
     """The first `per_layer` choices of each of these layers."""
     taken: dict[int, list[int]] = {layer: [] for layer in layers}
@@ -175,9 +186,7 @@ def take(choices: Sequence[Choice], per_layer: int, layers: Sequence[int]) -> di
     return {layer: experts for layer, experts in taken.items() if experts}
 
 
-def combine(
-    shape: ModelShape, bans: Mapping[int, Sequence[int]], protections: Mapping[int, Sequence[int]], provenance: Mapping[str, Any]
-) -> RoutePolicy:
+def combine(shape: ModelShape, bans: Experts, protections: Experts, provenance: Mapping[str, Any]) -> RoutePolicy:
     """A policy of bans and protections; an expert that is both is banned only, and no layer keeps fewer than top_k experts."""
     layers = {}
     for layer in sorted({*bans, *protections}):

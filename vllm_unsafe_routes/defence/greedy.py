@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from ..plan import RoutePlan
-from .backend import Backend, Note, Response, Search
-from .rules import Choice
-from .scorer import joint, target_request, weakest
+from ..search.backend import Backend, Note, Response, Search
+from ..search.scorer import joint, target_request, weakest
+from .policies import Choice
 
 # While each token of an answer has at least this probability, greedy decoding gives that answer.
 _KEPT_TOKEN = log(0.5)

@@ -4,19 +4,23 @@ import numpy as np
 import pytest
 
 from vllm_unsafe_routes import ModelShape, RouteError
-from vllm_unsafe_routes.search import rules
+from vllm_unsafe_routes.defence import policies as rules
+from vllm_unsafe_routes.search.attempt import AttemptState, Route
+from vllm_unsafe_routes.study.records import Fsour, Rosais
 
 SHAPE = ModelShape("toy", 3, 8, (0, 2), 6, 2)
 
 
 def rosais_record(prompt, masks, gains):
-    return {
-        "type": "rosais",
-        "prompt": prompt,
-        "seed": 0,
-        "masks": {str(layer): masks for layer in SHAPE.moe_layers},
-        "gains": {str(layer): gains if layer == 2 else [0.0] * len(gains) for layer in SHAPE.moe_layers},
-    }
+    return Rosais(
+        prompt=prompt,
+        category="",
+        seed=0,
+        clean=-1.0,
+        scores=dict.fromkeys(SHAPE.moe_layers, 0.0),
+        masks={layer: tuple(map(tuple, masks)) for layer in SHAPE.moe_layers},
+        gains={layer: tuple(gains) if layer == 2 else (0.0,) * len(gains) for layer in SHAPE.moe_layers},
+    )
 
 
 def planted_records(culprit, carrier):
@@ -44,9 +48,12 @@ def test_effect_of_an_expert_in_every_mask_is_unknown():
 
 def test_lift_counts_routes_of_successful_attempts_only():
     def fsour(success, routes):
-        return {"type": "fsour", "success": success, "final": {"routes": routes}}
+        counts = dict.fromkeys(("candidates", "needed", "tokens", "computed_tokens"), 0)
+        final = AttemptState(clean=-2.0, best=-1.0, routes=tuple(routes), trace=(), **counts)
+        named = {"attack": "fsour-paper", "prompt": "p", "prompt_tokens": 2, "category": "", "seed": 0, "attempts": 1}
+        return Fsour(success=success, score=float(success), final=final, **named, **counts)
 
-    records = [fsour(True, [[2, 0, [3, 4], 1.0], [2, 1, [3, 5], 1.0]]), fsour(False, [[2, 0, [0, 1], 1.0]])]
+    records = [fsour(True, [Route(2, 0, (3, 4), 1.0), Route(2, 1, (3, 5), 1.0)]), fsour(False, [Route(2, 0, (0, 1), 1.0)])]
     found = rules.accepted_frequency(records, SHAPE)
     assert found[2].tolist() == [0, 0, 0, 1.0, 0.5, 0.5]
     assert 0 not in found

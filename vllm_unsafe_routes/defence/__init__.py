@@ -1,0 +1,1 @@
+"""Defences: policies derived from what searches found, and attacks measured under them."""
