@@ -6,8 +6,8 @@ import torch
 
 from vllm_unsafe_routes.kernels.jitter import jitter_logits
 
+from ..jitter import Jitter
 from ..shape import ModelShape
-from .config import Jitter
 from .row_index import RowIndex
 from .step import Step
 
