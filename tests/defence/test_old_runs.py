@@ -1,4 +1,4 @@
-"""Derivations and matrices that commit 3c3c03c finished: opened again from Python they want nothing of an engine and end the same."""
+"""Derivations and matrices that commit 3c3c03c finished: opened again from Python they end the same, without an engine's help."""
 
 import contextlib
 import json
