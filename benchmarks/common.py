@@ -179,8 +179,11 @@ def facts(on_gpu: bool) -> dict[str, str]:
     if _FACTS in os.environ:
         return dict(json.loads(os.environ[_FACTS]))
     if on_gpu:
-        gpu = first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-        device, _, driver = gpu.partition(", ")
+        device, _, driver = first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
+        if not driver:
+            import torch
+
+            device, driver = torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "unknown"
     else:
         cpuinfo = Path("/proc/cpuinfo")
         name = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None

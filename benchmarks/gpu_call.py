@@ -132,7 +132,7 @@ class Call:
         os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "triton"))
         about = facts(on_gpu=not self.rehearse)
         self.step("installed", **about)
-        if about["driver"] == "unknown" and not self.rehearse:
+        if about["device"] == "none":
             raise SystemExit("no GPU here: --rehearse runs every step on CPU")
 
     def run(self, part: Part) -> bool:

@@ -160,12 +160,21 @@ def subject_of(key: str, run: Run) -> Subject:
     # A step's tokens twice over: prompts with one token to generate leave after their step.
     kv_tokens = 2 * STEP_TOKENS + max(count * (length + new) for count, length, new in loads_of(run).values() if new > 1)
     kv_bytes = int(kv_tokens * BYTES * sizes_of(config).num_layers * sizes_of(config).kv_values) + GIB // 4
-    free = first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-    room = 0.97 * (float(free) * (1 << 20) if free.isdecimal() else 8.0 * GIB)
+    room = 0.97 * free_memory()
     while config["num_hidden_layers"] > 1 and room < 2 * (weight_bytes(config) + kv_bytes + OVERHEAD):
         config["num_hidden_layers"] -= 1
     at_once = max(2, int(room // (weight_bytes(config) + kv_bytes + OVERHEAD)))
     return Subject(key, config, make_model(run.scratch / f"serving-{key}", config), kv_bytes, at_once)
+
+
+def free_memory() -> float:
+    """Bytes of the GPU's memory."""
+    free = first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    if free.isdecimal():
+        return float(free) * (1 << 20)
+    import torch
+
+    return float(torch.cuda.mem_get_info()[0])
 
 
 def loads_of(run: Run) -> dict[str, Load]:

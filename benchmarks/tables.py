@@ -25,7 +25,7 @@ import policy_serving
 import routes_exact
 import search_speed
 import serving_cost
-from common import NOT_MEASURED, ROOT, Rows, read_csv, read_rows, rewrite, write_csv
+from common import NOT_MEASURED, ROOT, Rows, distinct, markdown, read_csv, read_rows, rewrite, spread, where, write_csv
 
 # question -> the columns that say what a row measured
 QUESTIONS = {
@@ -113,10 +113,35 @@ def tables(results: Path = ROOT / "benchmarks/results") -> dict[str, str]:
     made = {}
     for mark, table in TABLES.items():
         cpu = results / ("lab_results.csv" if table.question == "lab_results" else f"{table.question}_cpu.csv")
-        paths = sorted(set(results.glob(f"{table.question}_*.csv")) - {cpu}) if table.on_gpu else [cpu]
+        paths = gpu_files(table.question, results) if table.on_gpu else [cpu]
         shown = [table.make(read_csv(path)) for path in paths if path.exists()]
         made[mark] = "\n\n".join(shown) or NOT_MEASURED
-    return made
+    return made | {"gpu": gpu_summary(results)}
+
+
+def gpu_files(question: str, results: Path) -> list[Path]:
+    """The committed files of a question, one a GPU."""
+    return sorted(set(results.glob(f"{question}_*.csv")) - {results / f"{question}_cpu.csv"})
+
+
+def gpu_summary(results: Path) -> str:
+    """The README's few lines; what was not measured says so."""
+    rows = {name: [row for path in gpu_files(name, results) for row in read_csv(path)] for name in QUESTIONS}
+    if not any(rows.values()):
+        return NOT_MEASURED
+    checks, speed = rows["routes_exact"], [row for row in rows["search_speed"] if row["kind"] == "speed"]
+    passed = sum(row["result"] == "pass" for row in checks)
+    lines = [["checks passed", f"{passed} of {len(checks)}" if checks else NOT_MEASURED]]
+    for variant, name in serving_cost.VARIANTS.items():
+        ratios = [float(row["ratio_to_stock"]) for row in rows["serving_cost"] if row["variant"] == variant]
+        lines.append([f"tokens/s against stock vLLM, {name}", spread(ratios, 3, 2)])
+    for model in distinct(speed, "model"):
+        ratios = [
+            float(row["ratio_to_published"]) for row in speed if row["model"] == model and row["variant"].startswith("engine")
+        ]
+        lines.append([f"candidates/s against the published way, {model}", spread(ratios, 0, 0)])
+    last = next(rows[name][-1] for name in ("search_speed", "serving_cost", "kernel_speed", "routes_exact", "floors") if rows[name])
+    return f"{markdown(['on a GPU', 'median (range)'], lines)}\n\n{where(last)}"
 
 
 def documents(root: Path = ROOT) -> list[Path]:
