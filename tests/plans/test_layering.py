@@ -83,3 +83,25 @@ def test_the_scan_sees_what_it_should(tmp_path):
         (f"{PACKAGE}.engine.b", False),
         ("vllm.LLM", True),
     ]
+
+
+# Files of `commands/` that are no command.
+SHARED = ("options", "show", "usage")
+# Command lines: ours, that of training, and what is added to that of vLLM's server.
+PROGRAMS = ("cli.py", "commands", "lab/train.py", "engine/config.py", "engine/admin.py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / PACKAGE / "commands").glob("*.py")), ids=lambda path: path.stem)
+def test_no_command_imports_another(path):
+    commands = {other.stem for other in path.parent.glob("*.py")} - {"__init__", *SHARED}
+    prefix = f"{PACKAGE}.commands."
+    used = {item.module.removeprefix(prefix).split(".")[0] for item in imports(path) if item.module.startswith(prefix)}
+    assert not used & (commands - {path.stem})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
+def test_only_command_lines_see_argparse(path):
+    where = path.relative_to(ROOT / PACKAGE)
+    if where.parts[0] in PROGRAMS or where.as_posix() in PROGRAMS:
+        return
+    assert not [item for item in imports(path) if item.top == "argparse"]

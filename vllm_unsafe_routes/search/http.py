@@ -61,7 +61,7 @@ class HttpBackend:
         self.shape = ModelShape.from_hf_config(config.get("text_config", config))
         self.policy = policy
         self._urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
-        self._per_server, self._timeout, self._attempts = per_server, timeout, attempts
+        self._timeout, self._attempts = timeout, attempts
         self.capacity = per_server * len(self._urls)
         self._results: queue.Queue[tuple[int, Response | RouteError]] = queue.Queue()
         self._in_flight: set[int] = set()

@@ -8,8 +8,9 @@ A mask leaves exactly top_k experts and holds for every token. What the paper le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class RosaisResult:
         return rank(self.scores)
 
 
-def rank(scores: dict[int, float]) -> list[int]:
+def rank(scores: Mapping[int, float]) -> list[int]:
     """Layers by descending score, equal ones by smaller index."""
     return sorted(scores, key=lambda layer: (-scores[layer], layer))
 
@@ -184,8 +185,30 @@ def _replay(response: Response, backend: Backend, layer: int, num_tokens: int) -
     )
 
 
-def dataset_scores(results: Sequence[RosaisResult]) -> dict[int, float]:
-    """Dataset-level RoSais: the best mask's gain averaged over prompts; the results must share their masks (`draws_for`)."""
-    if any(result.masks != results[0].masks for result in results):
+class Scored(Protocol):
+    """A prompt's masks and what each gained: a `RosaisResult`, or a record of one."""
+
+    @property
+    def gains(self) -> Mapping[int, Sequence[float]]:
+        """Layer -> one gain for each mask, nats."""
+
+    @property
+    def masks(self) -> Mapping[int, Sequence[tuple[int, ...]]]:
+        """Layer -> the masks."""
+
+
+def share_masks(results: Sequence[Scored]) -> bool:
+    """Whether all prompts tried the same masks."""
+    return all(result.masks == results[0].masks for result in results)
+
+
+def dataset_scores(results: Sequence[Scored]) -> dict[int, float]:
+    """Dataset-level RoSais: the best mask's gain averaged over prompts, nats.
+
+    Raises:
+        RouteError: the prompts tried different masks.
+
+    """
+    if not share_masks(results):
         raise RouteError("dataset-level RoSais needs the same masks for every prompt: run rosais with one draws_for")
     return {layer: float(np.mean([result.gains[layer] for result in results], axis=0).max()) for layer in results[0].gains}

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval
+from ..search.rosais import dataset_scores, rank, share_masks
 from .campaign import SUMMARY_FILE, read_settings
 from .records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Record, Rosais, Throughput, Utility, read
 
@@ -144,7 +145,7 @@ def layer_scores(records: Sequence[Rosais]) -> LayerScores:
     layers = sorted({layer for record in records for layer in record.scores})
     rows = {layer: [(record.prompt, record.seed, record.scores[layer]) for record in records] for layer in layers}
     means = {layer: mean_interval(Outcomes.from_rows(rows[layer])) for layer in layers}
-    ranking = sorted(layers, key=lambda layer: (-round(means[layer].value, DIGITS), layer))
+    ranking = rank({layer: round(mean.value, DIGITS) for layer, mean in means.items()})
     return LayerScores(rows, means, _dataset_scores(records), ranking)
 
 
@@ -154,15 +155,8 @@ def _dataset_scores(records: Sequence[Rosais]) -> dict[int, float]:
         by_seed.setdefault(record.seed, []).append(record)
     if not all(len(found) > 1 and share_masks(found) for found in by_seed.values()):
         return {}
-    return {
-        layer: float(np.mean([np.mean([one.gains[layer] for one in found], axis=0).max() for found in by_seed.values()]))
-        for layer in (records[0].gains if records else ())
-    }
-
-
-def share_masks(records: Sequence[Rosais]) -> bool:
-    """Whether RoSais records of one seed tried the same masks."""
-    return all(record.masks == records[0].masks for record in records)
+    of_seeds = [dataset_scores(found) for found in by_seed.values()]
+    return {layer: float(np.mean([one[layer] for one in of_seeds])) for layer in (of_seeds[0] if of_seeds else ())}
 
 
 def scored_run(folder: Path, fingerprint: str) -> tuple[dict[str, Any], list[int]]:
