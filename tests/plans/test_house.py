@@ -12,7 +12,6 @@ LONG_CLASSES = {
 }
 WIDE_CLASSES = {"LabSettings": 16}
 LONG_FUNCTIONS = {
-    "run_tasks": 116,
     "greedy_bans": 98,
     "adaptive_search": 82,
 }

@@ -144,6 +144,107 @@ class _Batch:
     missing: int
 
 
+class _Runner:
+    """The open searches of a `run_tasks`, and what each of them waits for.
+
+    Args:
+        backend: where requests run.
+        stats: totals are added here.
+        note: takes the values of `Note`s.
+
+    """
+
+    def __init__(self, backend: Backend, stats: Stats, note: Callable[[Any, Any], None]) -> None:
+        self.backend, self.stats, self.note = backend, stats, note
+        self.open_searches: set[Search[Any]] = set()
+        # (key, result) of searches that have ended.
+        self.finished: deque[tuple[Any, Any]] = deque()
+        self.queue: deque[tuple[_Batch, int, Request]] = deque()
+        self._in_flight: dict[int, tuple[_Batch, int, Request]] = {}
+        self._calls: dict[concurrent.futures.Future[Any], tuple[_Batch, int]] = {}
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._number = 0
+
+    def start(self, key: Any, search: Search[Any]) -> None:
+        """Open a search."""
+        self.open_searches.add(search)
+        self.advance(key, search, None)
+
+    def advance(self, key: Any, search: Search[Any], answers: list[Any] | None) -> None:
+        """Resume a search until it waits for something or ends."""
+        while True:
+            try:
+                work = next(search) if answers is None else search.send(answers)
+            except StopIteration as end:
+                self.open_searches.discard(search)
+                self.finished.append((key, end.value))
+                return
+            for item in work:
+                if isinstance(item, Note):
+                    self.note(key, item.value)
+            answers = [None] * len(work)
+            waits = [(at, item) for at, item in enumerate(work) if not isinstance(item, Note)]
+            if waits:
+                break
+        batch = _Batch(key, search, answers, len(waits))
+        for at, item in waits:
+            if isinstance(item, Call):
+                self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(32, "unsafe-routes-call")
+                self._calls[self._pool.submit(item.function)] = (batch, at)
+            else:
+                self.queue.append((batch, at, item))
+
+    def answer(self, batch: _Batch, at: int, value: Any) -> None:
+        """Put an answer into its place; the search goes on once it has all."""
+        batch.answers[at] = value
+        batch.missing -= 1
+        if isinstance(value, BaseException):
+            raise value
+        if not batch.missing:
+            self.advance(batch.key, batch.search, batch.answers)
+
+    def submit(self) -> None:
+        """Hand requests to the backend, as many as keep it busy."""
+        while self.queue and len(self._in_flight) < self.backend.capacity:
+            batch, at, request = self.queue.popleft()
+            self.backend.submit(self._number, request)
+            self._in_flight[self._number] = (batch, at, request)
+            self._number += 1
+
+    def collect(self) -> None:
+        """Take what the backend and the threads have finished; waits for one of them where nothing else is to be done."""
+        if self._in_flight:
+            for done, response in self.backend.poll():
+                batch, at, request = self._in_flight.pop(done)
+                if isinstance(response, Response):
+                    self.stats.requests += 1
+                    self.stats.tokens += len(request.token_ids)
+                    self.stats.computed_tokens += response.computed_tokens
+                self.answer(batch, at, response)
+        if self._calls:
+            timeout = 0 if self._in_flight or self.queue or self.finished else None
+            for future in concurrent.futures.wait(self._calls, timeout, concurrent.futures.FIRST_COMPLETED).done:
+                batch, at = self._calls.pop(future)
+                error = future.exception()
+                self.answer(batch, at, error if error is not None else future.result())
+
+    def close(self) -> None:
+        """Close the open searches and wait for what the backend still computes."""
+        for search in self.open_searches:
+            search.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        while self._in_flight:
+            try:
+                answered = self.backend.poll()
+            except RouteError:
+                return
+            if not answered:  # the backend has lost them
+                return
+            for done, _ in answered:
+                self._in_flight.pop(done, None)
+
+
 def run_tasks(
     backend: Backend,
     tasks: Iterable[tuple[K, Search[T]]],
@@ -167,99 +268,25 @@ def run_tasks(
         RouteError: a request was refused or failed. What a call raises comes through as it is.
 
     """
-    stats = stats if stats is not None else Stats()
+    runner = _Runner(backend, stats if stats is not None else Stats(), note)
     source = iter(tasks)
-    queue: deque[tuple[_Batch, int, Request]] = deque()
-    in_flight: dict[int, tuple[_Batch, int, Request]] = {}
-    calls: dict[concurrent.futures.Future[Any], tuple[_Batch, int]] = {}
-    open_searches: set[Search[Any]] = set()
-    finished: deque[tuple[K, T]] = deque()
-    number = 0
     exhausted = False
-    pool: concurrent.futures.ThreadPoolExecutor | None = None
-
-    def advance(key: Any, search: Search[Any], answers: list[Any] | None) -> None:
-        """Resume a search until it waits for something or ends."""
-        nonlocal pool
-        while True:
-            try:
-                work = next(search) if answers is None else search.send(answers)
-            except StopIteration as end:
-                open_searches.discard(search)
-                finished.append((key, end.value))
-                return
-            for item in work:
-                if isinstance(item, Note):
-                    note(key, item.value)
-            answers = [None] * len(work)
-            if any(not isinstance(item, Note) for item in work):
-                break
-        batch = _Batch(key, search, answers, sum(not isinstance(item, Note) for item in work))
-        for at, item in enumerate(work):
-            if isinstance(item, Note):
-                continue
-            if isinstance(item, Call):
-                pool = pool or concurrent.futures.ThreadPoolExecutor(32, "unsafe-routes-call")
-                calls[pool.submit(item.function)] = (batch, at)
-            else:
-                queue.append((batch, at, item))
-
-    def answer(batch: _Batch, at: int, value: Any) -> None:
-        batch.answers[at] = value
-        batch.missing -= 1
-        if isinstance(value, BaseException):
-            raise value
-        if not batch.missing:
-            advance(batch.key, batch.search, batch.answers)
-
     try:
         while not stop():
-            while not exhausted and len(open_searches) < concurrency and len(queue) < backend.capacity:
-                try:
-                    key, search = next(source)
-                except StopIteration:
+            while not exhausted and len(runner.open_searches) < concurrency and len(runner.queue) < backend.capacity:
+                task = next(source, None)
+                if task is None:
                     exhausted = True
-                    break
-                open_searches.add(search)
-                advance(key, search, None)
-            while queue and len(in_flight) < backend.capacity:
-                batch, at, request = queue.popleft()
-                backend.submit(number, request)
-                in_flight[number] = (batch, at, request)
-                number += 1
-            if in_flight:
-                for done, response in backend.poll():
-                    batch, at, request = in_flight.pop(done)
-                    if isinstance(response, Response):
-                        stats.requests += 1
-                        stats.tokens += len(request.token_ids)
-                        stats.computed_tokens += response.computed_tokens
-                    answer(batch, at, response)
-            if calls:
-                timeout = 0 if in_flight or queue or finished else None
-                ready = concurrent.futures.wait(calls, timeout, concurrent.futures.FIRST_COMPLETED).done
-                for future in ready:
-                    batch, at = calls.pop(future)
-                    error = future.exception()
-                    answer(batch, at, error if error is not None else future.result())
-            while finished:
-                yield finished.popleft()
-            if exhausted and not open_searches:
+                else:
+                    runner.start(*task)
+            runner.submit()
+            runner.collect()
+            while runner.finished:
+                yield runner.finished.popleft()
+            if exhausted and not runner.open_searches:
                 return
     finally:
-        for search in open_searches:
-            search.close()
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-        while in_flight:
-            try:
-                answered = backend.poll()
-            except RouteError:
-                break
-            if not answered:  # the backend has lost them
-                break
-            for done, _ in answered:
-                in_flight.pop(done, None)
+        runner.close()
 
 
 def with_notes(search: Search[T], change: Callable[[Any], Any | None]) -> Search[T]:
