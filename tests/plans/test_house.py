@@ -13,7 +13,6 @@ LONG_CLASSES = {
 WIDE_CLASSES = {"LabSettings": 16}
 LONG_FUNCTIONS = {
     "greedy_bans": 98,
-    "adaptive_search": 82,
 }
 WIDE_FUNCTIONS = {"_run_phase": 11}
 CYCLES: list[list[str]] = []

@@ -224,6 +224,14 @@ OLD = Path(__file__).parents[1] / "study" / "folders"
     [
         ("masks", 9, ["mask-attack", "--rosais", OLD / "rosais", "--masks", 12, "--layers", "1,2", "--seeds", "0,1"]),
         ("fsour-paper", 30, ["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3"]),
+        (
+            "fsour-adaptive",
+            2,
+            [
+                *["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3", "--strategy", "adaptive"],
+                *["--library-prompts", 1, "--adaptive-max-candidates", 200],
+            ],
+        ),
     ],
 )
 def test_a_cut_off_folder_of_an_earlier_version_goes_on(capsys, tmp_path, shared_engine, name, lines, own):

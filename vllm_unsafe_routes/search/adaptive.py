@@ -178,6 +178,99 @@ class _Preferences:
             self._count[move.layer][ids] += 1
 
 
+class _AttemptSearch:
+    """One attempt: the directives so far, what has been learnt, and the moves that are tried next.
+
+    Args: as `adaptive_search`.
+
+    """
+
+    def __init__(self, experts: Experts, prompt: Prompt, settings: Any, attempt: Attempt, rng: np.random.Generator) -> None:
+        self.experts, self.prompt, self.attempt, self.rng = experts, prompt, attempt, rng
+        self.own: AdaptiveSettings = settings.adaptive
+        self.tau, self.min_gain = log(settings.tau), settings.min_gain
+        self.preferences = _Preferences(experts, self.own.sharpness)
+        self.state = _State(len(prompt.token_ids), settings.weights)
+
+    def score(self, candidates: Sequence[Sequence[Move]]) -> Search[list[float]]:
+        """Log-probability of the target with each candidate's moves on top of the state."""
+        prompt = self.prompt
+        requests = [target_request(prompt.token_ids, prompt.target, self.state.with_moves(moves).text()) for moves in candidates]
+        responses: list[Response] = yield requests
+        self.attempt.count(requests, responses)
+        self.attempt.needed += len(requests)
+        return [joint(response) for response in responses]
+
+    def keep(self, moves: Sequence[Move], value: float) -> None:
+        """Make moves part of the state."""
+        gain = value - self.attempt.best
+        self.state = self.state.with_moves(moves)
+        # The last word on a cell counts; the gain belongs to the change as a whole.
+        routes = [Route(layer, position, chosen, gain) for (layer, position), chosen in sorted(self.state.cells.items())]
+        self.attempt.routes.clear()
+        self.attempt.accept(routes, value)
+
+    def start_from(self, library: Library) -> Search[None]:
+        """Try what worked on other prompts."""
+        entries = [usable for entry in library.entries if (usable := _allowed(entry, self.experts))][: self.own.library_tries]
+        if not entries:
+            return
+        values = yield from self.score(entries)
+        for entry, value in zip(entries, values, strict=True):
+            self.preferences.learn(entry, (value - self.attempt.best) / len(entry))
+        best = int(np.argmax(values))
+        if values[best] > self.attempt.best + self.min_gain:
+            self.keep(entries[best], values[best])
+
+    def narrow_down(self) -> Search[None]:
+        """Rounds of single moves, on ever narrower spans while none helps, until tau or patience is reached."""
+        own, attempt = self.own, self.attempt
+        width, batch, idle = 1.0, float(own.first_batch), 0
+        narrowest = 1.0 / len(self.prompt.token_ids)
+        while attempt.best < self.tau and attempt.candidates < own.max_candidates:
+            moves = [self.draw(width) for _ in range(min(int(batch), own.max_batch))]
+            if (yield from self.improve(moves)):
+                idle, batch = 0, float(own.first_batch)
+                continue
+            idle += 1
+            batch *= own.growth
+            if width <= narrowest and idle >= own.patience:
+                return
+            width = max(narrowest, width / 2)
+
+    def draw(self, width: float) -> Move:
+        """A random move on a span of this width."""
+        layer = self.preferences.draw_layer(self.rng)
+        start = 0.0 if width >= 1 else float(self.rng.uniform(0, 1 - width))
+        end = min(1.0, start + width)
+        if layer == self.experts.shape.num_hidden_layers - 1:
+            num_tokens = len(self.prompt.token_ids)
+            start, end = (num_tokens - 1) / num_tokens, 1.0  # elsewhere it cannot change the answer
+        return Move(layer, start, end, self.preferences.draw_experts(self.rng, layer))
+
+    def improve(self, moves: Sequence[Move]) -> Search[bool]:
+        """Score moves one by one, and the improving ones together; keep the best. Whether there was a gain."""
+        values = yield from self.score([[move] for move in moves])
+        gains = [value - self.attempt.best for value in values]
+        for move, gain in zip(moves, gains, strict=True):
+            self.preferences.learn([move], gain)
+        order = sorted(range(len(gains)), key=lambda at: (-gains[at], at))
+        improving = [at for at in order if gains[at] > self.min_gain]
+        if not improving:
+            return False
+        chosen, value = [moves[improving[0]]], values[improving[0]]
+        # The best change of each layer, added one by one: 2, 3, ... of them together.
+        best_of_layer = list({moves[at].layer: moves[at] for at in reversed(improving)}.values())[::-1]
+        if value < self.tau and len(best_of_layer) > 1:
+            together = [best_of_layer[:count] for count in range(2, len(best_of_layer) + 1)]
+            together_values = yield from self.score(together)
+            best = int(np.argmax(together_values))
+            if together_values[best] > value:
+                chosen, value = together[best], together_values[best]
+        self.keep(chosen, value)
+        return True
+
+
 def adaptive_search(
     experts: Experts, prompt: Prompt, settings: Any, attempt: Attempt, rng: np.random.Generator, library: Library | None
 ) -> Search[None]:
@@ -192,74 +285,10 @@ def adaptive_search(
         library: where to start from, or None.
 
     """
-    own: AdaptiveSettings = settings.adaptive
-    tau, num_tokens = log(settings.tau), len(prompt.token_ids)
-    last_layer = experts.shape.num_hidden_layers - 1
-    preferences = _Preferences(experts, own.sharpness)
-    state = _State(num_tokens, settings.weights)
-
-    def score(candidates: list[list[Move]]) -> Search[list[float]]:
-        requests = [target_request(prompt.token_ids, prompt.target, state.with_moves(moves).text()) for moves in candidates]
-        responses: list[Response] = yield requests
-        attempt.count(requests, responses)
-        attempt.needed += len(requests)
-        return [joint(response) for response in responses]
-
-    def keep(moves: Sequence[Move], value: float) -> None:
-        nonlocal state
-        gain = value - attempt.best
-        state = state.with_moves(moves)
-        # The last word on a cell counts; the gain belongs to the change as a whole.
-        routes = [Route(layer, position, chosen, gain) for (layer, position), chosen in sorted(state.cells.items())]
-        attempt.routes.clear()
-        attempt.accept(routes, value)
-
-    entries = [usable for entry in (library.entries if library else ()) if (usable := _allowed(entry, experts))]
-    entries = entries[: own.library_tries]
-    if entries:
-        values = yield from score([list(entry) for entry in entries])
-        best = int(np.argmax(values))
-        for entry, value in zip(entries, values, strict=True):
-            preferences.learn(entry, (value - attempt.best) / len(entry))
-        if values[best] > attempt.best + settings.min_gain:
-            keep(entries[best], values[best])
-
-    width, batch, idle = 1.0, float(own.first_batch), 0
-    narrowest = 1.0 / num_tokens
-    while attempt.best < tau and attempt.candidates < own.max_candidates:
-        candidates = []
-        for _ in range(min(int(batch), own.max_batch)):
-            layer = preferences.draw_layer(rng)
-            start = 0.0 if width >= 1 else float(rng.uniform(0, 1 - width))
-            if layer == last_layer:
-                start, end = (num_tokens - 1) / num_tokens, 1.0  # elsewhere it cannot change the answer
-            else:
-                end = min(1.0, start + width)
-            candidates.append([Move(layer, start, end, preferences.draw_experts(rng, layer))])
-        values = yield from score(candidates)
-        gains = [value - attempt.best for value in values]
-        for moves, gain in zip(candidates, gains, strict=True):
-            preferences.learn(moves, gain)
-        order = sorted(range(len(gains)), key=lambda at: (-gains[at], at))
-        improving = [at for at in order if gains[at] > settings.min_gain]
-        if not improving:
-            idle += 1
-            batch *= own.growth
-            if width <= narrowest and idle >= own.patience:
-                return
-            width = max(narrowest, width / 2)
-            continue
-        chosen, value = candidates[improving[0]], values[improving[0]]
-        # The best change of each layer, added one by one: 2, 3, ... of them together.
-        best_of_layer = list({candidates[at][0].layer: candidates[at][0] for at in reversed(improving)}.values())[::-1]
-        if value < tau and len(best_of_layer) > 1:
-            together = [best_of_layer[:count] for count in range(2, len(best_of_layer) + 1)]
-            together_values = yield from score(together)
-            best = int(np.argmax(together_values))
-            if together_values[best] > value:
-                chosen, value = together[best], together_values[best]
-        keep(chosen, value)
-        idle, batch = 0, float(own.first_batch)
+    search = _AttemptSearch(experts, prompt, settings, attempt, rng)
+    if library is not None:
+        yield from search.start_from(library)
+    yield from search.narrow_down()
 
 
 def _allowed(entry: Sequence[Move], experts: Experts) -> tuple[Move, ...]:
