@@ -14,12 +14,12 @@ from vllm_unsafe_routes.defence import policies as rules
 from vllm_unsafe_routes.defence.greedy import Example, GreedySettings, greedy_bans
 from vllm_unsafe_routes.errors import RouteError
 from vllm_unsafe_routes.search.backend import run_tasks
+from vllm_unsafe_routes.search.rosais import share_masks
 from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 from vllm_unsafe_routes.study.records import Rosais
-from vllm_unsafe_routes.study.summary import share_masks
 
 pytestmark = pytest.mark.v1_only
 LAB = ("--model", "lab", "--dtype", "float32")

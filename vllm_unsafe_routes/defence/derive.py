@@ -22,13 +22,14 @@ from ..extras import RouteExtras
 from ..policy import RoutePolicy
 from ..search.backend import Backend, Request, Search, run_tasks
 from ..search.fsour import FsourSettings
+from ..search.rosais import share_masks
 from ..study.bench import Bench
 from ..study.campaign import Campaign, read_settings
 from ..study.judges import judge_of
 from ..study.model import NO_WRAPPER, Item
 from ..study.records import Addition, OwnAnswers, Record, Rosais, Suffixes, read
 from ..study.settings import Setup
-from ..study.summary import layer_scores, share_masks
+from ..study.summary import layer_scores
 from ..study.workspace import Workspace
 from . import policies
 from .attacks import Arena, AttackSettings, attack, words_of

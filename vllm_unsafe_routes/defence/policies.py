@@ -25,9 +25,9 @@ import numpy.typing as npt
 from ..errors import RouteError
 from ..policy import LayerPolicy, RoutePolicy
 from ..search.masks import rng_of
+from ..search.rosais import share_masks
 from ..shape import ModelShape
 from ..study.records import Fsour, Record, Rosais
-from ..study.summary import share_masks
 
 # Layer -> experts.
 Experts = Mapping[int, Sequence[int]]
