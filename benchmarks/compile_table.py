@@ -107,9 +107,16 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def route_launch(
-    shape: Shape, dtype: torch.dtype, directives: bool, routes: bool = False, score_bias: bool = False, only_directed: bool = False
+    shape: Shape,
+    dtype: torch.dtype,
+    directives: bool,
+    routes: bool = False,
+    score_bias: bool = False,
+    only_directed: bool = False,
+    in_engine: bool = False,
 ) -> Launch:
-    """The launch of the route kernel for a model."""
+    """The launch of the route kernel for a model; `in_engine`: under a policy with overrides, all that one launch has to write."""
+    routes, only_directed = routes or in_engine, only_directed or in_engine
     experts, top_k = shape.spec.num_experts, shape.spec.top_k
     rows = row_index = None
     if directives:
@@ -127,10 +134,10 @@ def route_launch(
         rows=rows,
         spec=shape.spec,
         correction_bias=meta(experts, dtype=torch.float32) if shape.correction_bias else None,
-        is_padding=None,
+        is_padding=meta(NUM_TOKENS, dtype=torch.bool) if in_engine else None,
         topk_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32),
         topk_ids=meta(NUM_TOKENS, top_k),
-        native_ids=None,
+        native_ids=meta(NUM_TOKENS, top_k) if in_engine else None,
         routes_ids=meta(NUM_TOKENS, top_k) if routes else None,
         routes_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32) if routes else None,
         only_directed=only_directed,
@@ -187,6 +194,7 @@ def variants() -> list[Variant]:
         route("fp32, directives", olmoe, torch.float32, directives=True),
         route("bf16, directives + score bias", olmoe, directives=True, score_bias=True),
         route("bf16, only directed tokens", olmoe, directives=True, only_directed=True),
+        route("bf16, only directed tokens, padding, native picks and routes output", olmoe, directives=True, in_engine=True),
         Variant("row index", 0, row_index_launch),
         Variant("jitter, 64 experts, bf16", 0, lambda: jitter_launch(64)),
     ]

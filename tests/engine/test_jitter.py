@@ -11,7 +11,8 @@ from engines import chosen_logprobs, engine, generate, random_prompt
 from tiny_models import VOCAB_SIZE
 
 from vllm_unsafe_routes import ModelShape, RouteError, RoutePlan, receipt_of
-from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig, merge_cli_arguments
+from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig
+from vllm_unsafe_routes.engine.flags import merge_cli_arguments
 
 RETURN = {"return_routes": True}
 SHAPE = ModelShape("olmoe", 3, 64, (0, 1, 2), num_experts=16, top_k=4)

@@ -277,7 +277,8 @@ class TestSwap:
 def test_the_two_modes_of_the_flags():
     import argparse
 
-    from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig, merge_cli_arguments
+    from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig
+    from vllm_unsafe_routes.engine.flags import merge_cli_arguments
 
     def flags(path=None, mode=None):
         return argparse.Namespace(route_policy=path, route_policy_mode=mode, enable_route_overrides=False)

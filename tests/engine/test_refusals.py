@@ -16,7 +16,9 @@ import torch
 from engines import engine
 
 from vllm_unsafe_routes import ModelShape, RouteError
-from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig, check_supported, merge_cli_arguments
+from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig
+from vllm_unsafe_routes.engine.flags import merge_cli_arguments
+from vllm_unsafe_routes.engine.supported import check_supported
 
 NUM_EXPERTS, TOP_K = 16, 4
 WHAT_HELPS = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"

@@ -96,7 +96,8 @@ def _refuse_config(own: Any, reason: str) -> Any:
 
 def _create_engine_config(own: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config import CONFIG_KEY, RouteConfig, check_supported, model_shape
+        from .config import CONFIG_KEY, RouteConfig, model_shape
+        from .supported import check_supported
 
         section = self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
         if section is None:
@@ -115,7 +116,7 @@ def _create_engine_config(own: Any) -> Any:
 
 def _add_cli_args(own: Any) -> Any:
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config import add_cli_arguments
+        from .flags import add_cli_arguments
 
         parser = own(parser, *args, **kwargs)
         add_cli_arguments(parser)
@@ -126,7 +127,7 @@ def _add_cli_args(own: Any) -> Any:
 
 def _from_cli_args(own: Any) -> Any:
     def from_cli_args(cls: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
-        from .config import merge_cli_arguments
+        from .flags import merge_cli_arguments
 
         engine_args = own(cls, args, *more, **kwargs)
         engine_args.additional_config = merge_cli_arguments(engine_args.additional_config, args)

@@ -19,7 +19,7 @@ from ..extras import RouteExtras
 from ..policy import ActivePolicy
 from .attributes import CONTROLLER
 from .capture import RouteCapture
-from .config import RouteConfig, check_supported, model_shape
+from .config import RouteConfig, model_shape
 from .counts import PolicyCounts
 from .cpu_shared_rows import SharedRows, can_share_rows
 from .device_table import DeviceTable
@@ -30,6 +30,7 @@ from .router import RouterHooks, RouterState, Routing, bind_routers, controllers
 from .row_index import RowIndex
 from .scoring import Scoring
 from .step import NO_PLAN_SLOT, NO_STEP, Requests, Resident
+from .supported import check_supported
 
 logger = init_logger(__name__)
 

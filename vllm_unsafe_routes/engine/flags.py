@@ -1,0 +1,85 @@
+"""The server's flags, and how they become the settings of `config.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import RouteError
+from ..policy import POLICY_MODES
+from .config import CONFIG_KEY
+
+
+def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the server's flags."""
+    group = parser.add_argument_group(
+        title="unsafe-routes", description="Control of expert routing in MoE models (plugin vllm-unsafe-routes)."
+    )
+    group.add_argument(
+        "--route-policy",
+        metavar="PATH",
+        default=None,
+        help="A route-policy/1 file that holds for every request: experts that no token may be routed to, and experts that "
+        "no request may exclude. The server refuses to start if the policy cannot be enforced on every MoE layer.",
+    )
+    group.add_argument(
+        "--route-policy-mode",
+        choices=POLICY_MODES,
+        default=None,
+        help="enforce (the default), or observe: count in /metrics what enforcing the policy would change, and change nothing.",
+    )
+    group.add_argument(
+        "--enable-route-overrides",
+        action="store_true",
+        default=False,
+        help="Let requests bring a route plan (vllm_xargs.route_plan). Off by default; a policy always holds.",
+    )
+    group.add_argument(
+        "--route-jitter",
+        metavar="SCALE|JSON",
+        default=None,
+        help="Noise of at most SCALE on router logits, so that a searched route is not repeatable; or an object with scale, "
+        "seed and layers. Off by default. Tokens that a plan forces keep their routes.",
+    )
+
+
+def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """`additional_config` with the server's flags added.
+
+    Raises:
+        RouteError: a flag contradicts what `--additional-config` says.
+
+    """
+    policy, overrides = getattr(args, "route_policy", None), getattr(args, "enable_route_overrides", False)
+    mode, jitter = getattr(args, "route_policy_mode", None), getattr(args, "route_jitter", None)
+    if policy is None and mode is None and jitter is None and not overrides:
+        return additional_config
+    section = additional_config.get(CONFIG_KEY) or {}
+    if not isinstance(section, Mapping):
+        raise RouteError(f"additional_config[{CONFIG_KEY!r}] must be an object, got {section!r}")
+    section = dict(section)
+    if policy is not None:
+        if section.get("policy") not in (None, policy):
+            raise RouteError("--route-policy and additional_config['unsafe_routes']['policy'] both name a policy; keep one")
+        section["policy"] = policy
+    if mode is not None:
+        if section.get("policy_mode", mode) != mode:
+            raise RouteError(
+                f"--route-policy-mode {mode} contradicts additional_config['unsafe_routes']['policy_mode'] {section['policy_mode']}"
+            )
+        if section.get("policy") is None:
+            raise RouteError(f"--route-policy-mode {mode} needs --route-policy PATH")
+        section["policy_mode"] = mode
+    if jitter is not None:
+        if section.get("jitter") is not None:
+            raise RouteError("--route-jitter and additional_config['unsafe_routes']['jitter'] are both given; keep one")
+        try:
+            value = json.loads(jitter)
+        except ValueError:
+            raise RouteError(f"--route-jitter must be a number or a JSON object, got {jitter!r}") from None
+        section["jitter"] = value if isinstance(value, Mapping) else {"scale": value}
+    if overrides:
+        section["allow_overrides"] = True
+    return {**additional_config, CONFIG_KEY: section}
