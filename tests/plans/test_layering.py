@@ -88,7 +88,7 @@ def test_the_scan_sees_what_it_should(tmp_path):
 # Files of `commands/` that are no command.
 SHARED = ("options", "show", "usage")
 # Command lines: ours, that of training, and what is added to that of vLLM's server.
-PROGRAMS = ("cli.py", "commands", "lab/train.py", "engine/config.py", "engine/admin.py")
+PROGRAMS = ("cli.py", "commands", "lab/train.py", "engine/flags.py", "engine/admin.py")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / PACKAGE / "commands").glob("*.py")), ids=lambda path: path.stem)
