@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -16,8 +16,12 @@ from typing import Any
 
 from .errors import RouteError
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
+_LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers")
+_HIDDEN_KEYS = ("hidden_size", "d_model")
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+# Parts of a config that hold its MoE keys: DBRX.
+_MOE_PARTS = ("ffn_config",)
 # Families whose own routing function gives weights only to the experts it selects itself (sparse mixer): native weights
 # for another selection do not exist.
 _NO_NATIVE_WEIGHTS = frozenset({"phimoe"})
@@ -94,9 +98,7 @@ class ModelShape:
 
         """
 
-        def get(name: str, default: Any = None) -> Any:
-            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            return default if value is None else value
+        get = _reader(config)
 
         def first(names: tuple[str, ...], meaning: str) -> int:
             for name in names:
@@ -107,12 +109,12 @@ class ModelShape:
                 f"model_type {get('model_type')!r} is not an MoE model known here: its config has no {meaning} ({', '.join(names)})"
             )
 
-        num_layers = int(get("num_hidden_layers", 0))
+        num_layers = first(_LAYER_KEYS, "number of layers")
         num_experts = first(_EXPERT_KEYS, "number of experts")
         return cls(
-            model_type=str(get("model_type", "")),
+            model_type=str(get("model_type") or ""),
             num_hidden_layers=num_layers,
-            hidden_size=int(get("hidden_size", 0)),
+            hidden_size=next((int(size) for name in _HIDDEN_KEYS if (size := get(name))), 0),
             moe_layers=tuple(layer for layer in range(num_layers) if _is_moe_layer(layer, get)),
             num_experts=num_experts,
             top_k=first(_TOP_K_KEYS, "number of experts per token"),
@@ -120,22 +122,55 @@ class ModelShape:
         )
 
 
-def _is_moe_layer(layer: int, get: Any) -> bool:
+def _reader(config: Any) -> Callable[[str], Any]:
+    """A function from a key to its value, looked up in the config and then in its MoE part; None where neither has it."""
+
+    def look(part: Any, name: str) -> Any:
+        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+    parts = [config, *(part for name in _MOE_PARTS if (part := look(config, name)) is not None)]
+    return lambda name: next((value for part in parts if (value := look(part, name)) is not None), None)
+
+
+def _is_moe_layer(layer: int, get: Callable[[str], Any]) -> bool:
     """Whether a decoder layer has experts, by the config keys that the families use for it."""
-    explicit = get("moe_layers")
-    if explicit is not None:  # Llama-4
-        return bool(layer in explicit)
-    layer_types = get("mlp_layer_types")
-    if layer_types is not None:  # transformers 5 writes this for Qwen and GLM families
-        return bool(layer_types[layer] != "dense")
+    listed = _listed_layers(get)
+    if listed is not None:
+        return layer in listed
     if layer in (get("mlp_only_layers") or ()):  # Qwen2-MoE, Qwen3-MoE
         return False
-    step = get("interleave_moe_layer_step") or get("decoder_sparse_step") or 1
+    # Llama-4; Qwen; Ernie-4.5
+    step = get("interleave_moe_layer_step") or get("decoder_sparse_step") or get("moe_layer_interval") or 1
     if (layer + 1) % step:
         return False
-    if layer < int(get("first_k_dense_replace", 0)):  # DeepSeek, GLM-4-MoE
+    # DeepSeek, GLM-4-MoE; AFMoE, LFM2; Ernie-4.5
+    first = get("first_k_dense_replace") or get("num_dense_layers") or get("moe_layer_start_index") or 0
+    last = get("moe_layer_end_index")
+    if layer < first or (last is not None and layer > last):
         return False
-    frequency = get("moe_layer_freq", 1)
+    period = get("expert_layer_period")
+    if period is not None:  # Jamba
+        return bool(layer % period == (get("expert_layer_offset") or 0))
+    frequency = get("moe_layer_freq") or 1
     if isinstance(frequency, list | tuple):
         return bool(frequency[layer])
     return bool(layer % int(frequency) == 0)
+
+
+def _listed_layers(get: Callable[[str], Any]) -> Collection[int] | None:
+    """MoE layers of a config that says it layer by layer; None: it does not."""
+    explicit = get("moe_layers")
+    if explicit is not None:  # Llama-4
+        return frozenset(explicit)
+    enumerated = get("moe_layers_enum")
+    if enumerated is not None:  # Step-3
+        return frozenset(map(int, enumerated.split(",") if isinstance(enumerated, str) else enumerated))
+    mlp_types = get("mlp_layer_types")
+    if mlp_types is not None:  # transformers 5 writes this for Qwen and GLM families
+        return frozenset(layer for layer, kind in enumerate(mlp_types) if kind != "dense")
+    pattern = get("hybrid_override_pattern")
+    if pattern is not None:  # Nemotron-H
+        return frozenset(layer for layer, kind in enumerate(pattern) if kind == "E")
+    # Nemotron-H as transformers writes it; other hybrids name their attention there, and "moe" never.
+    block_types = get("layers_block_type") or ()
+    return frozenset(layer for layer, kind in enumerate(block_types) if kind == "moe") or None
