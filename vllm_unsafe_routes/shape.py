@@ -97,7 +97,6 @@ class ModelShape:
             RouteError: the config names no experts, or a key has no meaning that is known here.
 
         """
-
         get = _reader(config)
 
         def first(names: tuple[str, ...], meaning: str) -> int:

@@ -1,0 +1,104 @@
+"""Whether route control would work here and for a model, found out without weights: the model is built on the meta device.
+
+`unsafe-routes doctor` prints it; `tests/cuda_binding` makes the table of architectures with the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from ..errors import RouteError
+from ..shape import ModelShape
+from .config import CONFIG_KEY, route_config
+from .router import binding_of, moe_runners
+from .worker import RouteController
+
+_LOCALHOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVerdict:
+    """What became of one MoE layer.
+
+    Attributes:
+        layer: decoder layer index.
+        name: the layer's place in the model.
+        router: class of its router.
+        experts: class of its expert kernels.
+        refused: why it cannot be controlled; None: it can.
+
+    """
+
+    layer: int
+    name: str
+    router: str
+    experts: str
+    refused: str | None
+
+
+def build_on_meta(vllm_config: Any) -> torch.nn.Module:
+    """Build a model without weights, as the engine would before it loads them.
+
+    Args:
+        vllm_config: of one process (no tensor or pipeline parallelism).
+
+    """
+    with set_current_vllm_config(vllm_config):
+        if not model_parallel_is_initialized():
+            method = get_distributed_init_method(_LOCALHOST, get_open_port())
+            init_distributed_environment(1, 0, method, 0, "gloo")
+            initialize_model_parallel()
+        with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+            return initialize_model(vllm_config)
+
+
+def examine_layers(model: torch.nn.Module, shape: ModelShape) -> list[LayerVerdict]:
+    """Each MoE layer on its own, so that one refusal does not hide the others."""
+    verdicts = []
+    for name, runner in moe_runners(model):
+        refused = None
+        try:
+            binding_of(name, runner, shape)
+        except RouteError as error:
+            refused = str(error)
+        verdicts.append(LayerVerdict(int(runner.layer_id), name, type(runner.router).__name__, experts_of(runner), refused))
+    return verdicts
+
+
+def experts_of(runner: Any) -> str:
+    """Class of a MoE layer's expert kernels, or of its quantisation method where that has no other."""
+    method = runner.routed_experts.quant_method
+    return (getattr(method, "experts_cls", None) or type(method)).__name__
+
+
+def bind(model: torch.nn.Module, vllm_config: Any, settings: dict[str, Any]) -> RouteController:
+    """Put a built model under route control as a worker does, on the CPU.
+
+    Args:
+        model: from `build_on_meta`.
+        vllm_config: what it was built with; gains the settings.
+        settings: as `additional_config["unsafe_routes"]` holds them.
+
+    Raises:
+        RouteError: the engine would not start.
+
+    """
+    vllm_config.additional_config = {CONFIG_KEY: settings}
+    config = route_config(vllm_config)
+    assert config is not None, "settings that ask for nothing"
+    with set_current_vllm_config(vllm_config):
+        return RouteController(vllm_config, config, model, torch.device("cpu"))
+
+
+def names(values: Sequence[str]) -> str:
+    """Distinct values in order of appearance, separated by commas."""
+    return ", ".join(dict.fromkeys(values))
