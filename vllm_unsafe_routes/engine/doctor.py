@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from ..errors import RouteError
 from ..shape import ModelShape
 from .config import CONFIG_KEY, route_config
-from .router import binding_of, moe_runners
+from .router import check_layer, moe_runners
 from .worker import RouteController
 
 _LOCALHOST = "127.0.0.1"
@@ -53,12 +53,13 @@ def build_on_meta(vllm_config: Any) -> torch.nn.Module:
 
     """
     with set_current_vllm_config(vllm_config):
-        if not model_parallel_is_initialized():
+        if not model_parallel_is_initialized():  # type: ignore[no-untyped-call]
             method = get_distributed_init_method(_LOCALHOST, get_open_port())
             init_distributed_environment(1, 0, method, 0, "gloo")
             initialize_model_parallel()
         with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
-            return initialize_model(vllm_config)
+            model: torch.nn.Module = initialize_model(vllm_config)
+            return model
 
 
 def examine_layers(model: torch.nn.Module, shape: ModelShape) -> list[LayerVerdict]:
@@ -67,7 +68,7 @@ def examine_layers(model: torch.nn.Module, shape: ModelShape) -> list[LayerVerdi
     for name, runner in moe_runners(model):
         refused = None
         try:
-            binding_of(name, runner, shape)
+            check_layer(runner, shape)
         except RouteError as error:
             refused = str(error)
         verdicts.append(LayerVerdict(int(runner.layer_id), name, type(runner.router).__name__, experts_of(runner), refused))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -365,38 +365,42 @@ def bind_routers(model: torch.nn.Module, shape: ModelShape, hooks: RouterHooks, 
 
     """
     bindings: dict[int, LayerBinding] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, MoERunner):
-            continue
-        layer = int(module.layer_id)
-        slot = shape.slot_of_layer.get(layer)
+    for name, runner in moe_runners(model):
+        layer = int(runner.layer_id)
         try:
-            if slot is None:
-                raise RouteError(f"the model's config does not announce it; MoE layers by config are {shape.describe_layers()}")
+            gating = check_layer(runner, shape)
+            slot = shape.slot_of_layer[layer]
             if slot in bindings:
                 raise RouteError("the layer has a second router")
-            binding = bindings[slot] = LayerBinding(module.router, _check_layer(module, shape), hooks.fused)
         except RouteError as error:
             raise RouteError(f"MoE layer {layer} ({name}): {error}; {_OFF_HELP}") from None
-        _wrap_compute_routing(module.router, binding, slot, hooks)
+        binding = bindings[slot] = LayerBinding(runner.router, gating, hooks.fused)
+        _wrap_compute_routing(runner.router, binding, slot, hooks)
     missing = [layer for layer in shape.moe_layers if layer in layers and shape.slot_of_layer[layer] not in bindings]
     if missing:
         raise RouteError(f"MoE layer {missing[0]} has no router that could be found in {type(model).__name__}; {_OFF_HELP}")
     return bindings
 
 
-def _check_layer(runner: Any, shape: ModelShape) -> Gating:
-    """How a MoE layer gates.
+def moe_runners(model: torch.nn.Module) -> Iterator[tuple[str, MoERunner]]:
+    """Name and module of each MoE layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoERunner))
+
+
+def check_layer(runner: Any, shape: ModelShape) -> Gating:
+    """How a MoE layer gates; changes nothing.
 
     Raises:
         RouteError: it cannot be controlled.
 
     """
+    if int(runner.layer_id) not in shape.slot_of_layer:
+        raise RouteError(f"the model's config does not announce it; MoE layers by config are {shape.describe_layers()}")
     if runner.routed_experts.quant_method.is_monolithic:
         experts = type(runner.routed_experts.quant_method).__name__
         raise RouteError(
             f"the monolithic expert kernel of {experts} routes inside itself and cannot be controlled; "
-            "choose a modular one with --moe-backend triton, or"
+            "choose a modular one with --moe-backend triton"
         )
     router = runner.router
     if not isinstance(router, BaseRouter):
