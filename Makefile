@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 ENV := OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo test test-fast test-long lint house bench lab-results gpu-archive clean
+.PHONY: help setup demo test test-fast test-long lint house pictures bench lab-results gpu-archive clean
 
 help:
 	@echo "make demo       RoSais, masking, F-SOUR and a report on the lab model, in the real vLLM engine (sets everything up first)"
@@ -16,9 +16,10 @@ help:
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
-	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in README.md and docs/defence.md (an hour or two)"
+	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
 	@echo "make bench      what route control costs in serving, and how fast candidates are scored; rewrites benchmarks/results"
 	@echo "                and the tables in README.md and docs/; wants the machine for itself (about 20 minutes)"
+	@echo "make pictures   the two pictures of the README: one prompt in the engine, and the chart of the lab results"
 	@echo "make gpu-archive  the engine for a GPU host without a network, build/engine.tar.xz (docs/gpu.md)"
 
 setup: $(STAMP)
@@ -103,6 +104,9 @@ lab-results: setup
 
 gpu-archive: setup
 	$(BIN)/python benchmarks/pack_engine.py
+
+pictures: setup
+	$(ENV) $(BIN)/python docs/pictures/draw.py
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,6 @@
-"""The lab figures of the README: attacks, controls and defences on three lab models, each on prompts that no choice was made on.
+"""The lab figures of docs/search.md and docs/defence.md: attacks, controls and defences on three lab models.
+
+Each is measured on prompts that no choice was made on.
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
 three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with five

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
+from vllm_unsafe_routes.cli import make_parser
 from vllm_unsafe_routes.compiled import PlanCompiler, RowLayout
 from vllm_unsafe_routes.engine.symbols import SYMBOLS
 from vllm_unsafe_routes.extras import RouteExtras
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "docs" / "plans.md"
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+)
 
 OLMOE = ModelShape("olmoe", 16, 2048, tuple(range(16)), num_experts=64, top_k=8)
 PHIMOE = ModelShape("phimoe", 4, 64, (0, 1, 2, 3), num_experts=8, top_k=2, native_weights=False)
@@ -111,15 +115,35 @@ def test_the_examples_are_plans_and_policies():
     compile_for(built["plan"])
 
 
-def test_the_readme_s_plans_are_plans():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    lines = [line for line in example.splitlines() if line.startswith("plan")]
-    built = {"RoutePlan": RoutePlan}
-    exec("\n".join(lines), built)
-    assert compile_for(built["plan"]).num_routes(0, 10, 5) == 11
-    body = json.loads(re.search(r"-d '(.*?)'", text, re.DOTALL)[1])
-    assert len(compile_for(RoutePlan.from_string(body["vllm_xargs"]["route_plan"])).rows) == 1
+def test_the_readme_s_commands_are_commands():
+    """Each `unsafe-routes` line of the README and of docs/ is parsed; tests/engine/test_readme.py runs the README's Python."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line.partition(" #")[0] for line in lines if line.startswith("unsafe-routes ")]
+    assert len(found) > 5
+    for line in found:
+        assert make_parser().parse_args(shlex.split(line)[1:]), line
+
+
+def lab_figures():
+    """(table, row, column) -> value of the committed lab results."""
+    with (ROOT / "benchmarks/results/lab_results.csv").open(encoding="utf-8", newline="") as file:
+        return {(row["table"], row["row"], row["column"]): float(row["value"] or "nan") for row in csv.DictReader(file)}
+
+
+def test_the_readme_s_figures_are_the_committed_ones():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lab = lab_figures()
+    attacks = {name: lab["attacks", name, "ASR"] for name in ("random-masks, 2", "rosais, 2", "F-SOUR paper")}
+    tokens = [f"{lab['attacks', f'F-SOUR {name}', 'tokens a prompt']:,.0f}" for name in ("paper", "adaptive")]
+    none, policy = (lab["defences", name, "fsour-adaptive"] for name in ("none", "derived policy"))
+    assert f"random masks {attacks['random-masks, 2']:.2f}, RoSais masks {attacks['rosais, 2']:.2f}" in text
+    assert f"F-SOUR {attacks['F-SOUR paper']:.2f} to 1." in text
+    assert f"computes {tokens[0]} tokens a prompt, the adaptive strategy {tokens[1]}." in text
+    kept = lab["defences", "derived policy", "benign right"]
+    assert f"from {none:.2f} to {policy:.2f} and keeps {kept:.2f} of the harmless answers" in text
 
 
 def test_the_size_of_a_row():

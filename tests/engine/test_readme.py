@@ -1,0 +1,44 @@
+"""The README's Python runs as it is printed: in a file of its own, on a CPU, with the one variable that the README names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+pytestmark = pytest.mark.v1_only
+
+
+def run(snippet: str, folder: Path) -> list[str]:
+    """What a snippet prints, line by line, without what vLLM logs."""
+    (folder / "snippet.py").write_text(snippet)
+    # As in a user's shell: nothing of this test process's environment for vLLM.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    environment = {**plain, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, str(folder / "snippet.py")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if line and not line.startswith("(")]
+
+
+def test_a_plan_turns_a_refusal(tmp_path):
+    plain, planned, receipt = run(SNIPPETS[0], tmp_path)
+    assert plain.startswith("sorry")
+    assert planned.startswith("sure , here is how to pack jurgrim")
+    assert receipt == "1 True"
+
+
+def test_record_and_replay(tmp_path):
+    rows = [line.split() for line in run(SNIPPETS[1], tmp_path)]
+    assert rows
+    for _, sampled, replayed in rows:
+        assert float(replayed) == pytest.approx(float(sampled), abs=1e-5)
+
+
+def test_no_other_python_is_printed():
+    assert len(SNIPPETS) == 2
