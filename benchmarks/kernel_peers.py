@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from vllm_unsafe_routes.kernels.spec import FLAG_FORCED
 NUM_ROWS = 256
 # Both sides may be 4e-6 off, see docs/kernels.md.
 OURS_TOLERANCE = 8e-6
-# Peers work in float32 with the fast exponential; one that hands on weights in bfloat16 rounds to 8 bits.
+# Peers work in float32 with the fast exponential.
 PEER_TOLERANCE = 1e-4
-BFLOAT16_TOLERANCE = 2**-7
 # Where scores are computed, two right answers may differ at a near tie: this share of the tokens may choose otherwise.
 NEAR_TIES = 1e-4
 UNTOUCHED = -5
@@ -102,11 +99,10 @@ class Contestant:
         applies: whether it does this gating at all.
         prepare: makes the call for a problem: slot -> weights and ids; raises Unavailable.
         directive: the use of directives: None (no table), "none", "masked" or "forced".
-        rewrites: whether it works on routes that another kernel left.
+        rewrites: whether it has nothing to do but for routes that another kernel left.
         keeps: whether it also copies the routes to buffers of their own.
         tolerance: of its weights.
         exact_ids: whether equal scores must go to the smaller id, in order.
-        slow: whether it compiles for seconds at every problem, or is worth a look only.
 
     """
 
@@ -118,7 +114,6 @@ class Contestant:
     keeps: bool = False
     tolerance: float = PEER_TOLERANCE
     exact_ids: bool = False
-    slow: bool = False
 
 
 def make_problem(shape: Shape, num_tokens: int, num_slots: int, device: str) -> Problem:
@@ -154,6 +149,8 @@ def bytes_per_launch(problem: Problem, contestant: Contestant) -> int:
         of_token += 4
     if contestant.directive in ("masked", "forced"):
         of_token += 4 + 4 * ((experts + 31) // 32) + 4 * top_k
+    if contestant.keeps:
+        of_token += 8 * top_k
     return int(problem.num_tokens * of_token)
 
 
@@ -246,17 +243,6 @@ def torch_gating(logits: torch.Tensor, spec: GatingSpec, correction_bias: torch.
     return weights * spec.routed_scaling_factor, ids.to(torch.int32)
 
 
-def _torch(problem: Problem, compiled: bool) -> Callable[[int], Routes]:
-    gating: Callable[..., Routes] = torch_gating
-    if compiled:
-        if problem.logits.device.type != "cuda":
-            raise Unavailable("compiled for GPUs only")
-        # Each problem is a new shape; past eight, dynamo would run the function uncompiled.
-        torch.compiler.reset()
-        gating = torch.compile(torch_gating, dynamic=False)
-    return lambda slot: gating(problem.logits[slot], problem.shape.spec, problem.correction_bias)
-
-
 @functools.cache
 def _vllm_ops() -> Any:
     """vLLM's native MoE operators."""
@@ -307,31 +293,6 @@ def _vllm_grouped(problem: Problem) -> Callable[[int], Routes]:
     return call
 
 
-@functools.cache
-def _triton_kernels_topk() -> ModuleType:
-    if not torch.cuda.is_available():
-        raise Unavailable("no GPU")
-    with contextlib.suppress(ImportError, OSError):
-        # vLLM registers its vendored copy under the package's own name.
-        importlib.import_module("vllm.utils.import_utils").import_triton_kernels()
-    try:
-        return importlib.import_module("triton_kernels.topk")
-    except (ImportError, OSError) as error:
-        raise Unavailable(str(error).splitlines()[0]) from None
-
-
-def _triton_kernels(problem: Problem) -> Callable[[int], Routes]:
-    topk = _triton_kernels_topk().topk
-
-    def call(slot: int) -> Routes:
-        result = topk(problem.logits[slot], problem.shape.spec.top_k, apply_softmax=True)
-        if isinstance(result, tuple):
-            return result[0], result[1]
-        return result.vals, result.indx
-
-    return call
-
-
 def _any(spec: GatingSpec) -> bool:
     return True
 
@@ -345,19 +306,20 @@ CONTESTANTS = (
     # What an engine with overrides launches: it keeps the routes for whoever asks for them.
     Contestant("ours behind native, routes kept", _any, lambda p: _ours(p, "none", True, True), "none", rewrites=True, keeps=True),
     Contestant(
+        "ours behind native, all masked, routes kept",
+        _any,
+        lambda p: _ours(p, "masked", True, True),
+        "masked",
+        keeps=True,
+        tolerance=OURS_TOLERANCE,
+        exact_ids=True,
+    ),
+    Contestant(
         "vllm topk_softmax", lambda spec: spec.scoring == "softmax" and not spec.grouped, lambda p: _vllm_topk(p, "topk_softmax")
     ),
     Contestant(
         "vllm topk_sigmoid", lambda spec: spec.scoring == "sigmoid" and not spec.grouped, lambda p: _vllm_topk(p, "topk_sigmoid")
     ),
     Contestant("vllm grouped_topk", lambda spec: spec.scoring == "sigmoid", _vllm_grouped),
-    Contestant("torch eager", _any, lambda p: _torch(p, False)),
-    Contestant("torch.compile", _any, lambda p: _torch(p, True), slow=True),
-    Contestant(
-        "triton_kernels topk",  # its softmax is over the chosen experts, which is what renormalisation amounts to
-        lambda spec: spec.scoring == "softmax" and spec.renormalize,
-        _triton_kernels,
-        tolerance=BFLOAT16_TOLERANCE,
-        slow=True,
-    ),
+    Contestant("torch eager", _any, lambda p: lambda slot: torch_gating(p.logits[slot], p.shape.spec, p.correction_bias)),
 )

@@ -6,7 +6,7 @@ replay, so logits come from memory. Contestants take turns within a round, in ro
 kernel's time and of the bytes over the bandwidth of a large copy, both measured in this run.
 
     python benchmarks/kernel_speed.py --device cuda --only OLMoE,DeepSeek-V2-Lite,Mixtral,DeepSeek-V3
-    python benchmarks/kernel_speed.py --device cuda --slow-peers        # also torch.compile and triton_kernels
+    python benchmarks/kernel_speed.py --device cuda                     # all gatings
     python benchmarks/kernel_speed.py --rehearse                        # tiny batches, the kernel interpreted; checks, no times
 """
 
@@ -39,8 +39,7 @@ SHOWN = (
     "ours, all forced",
     "ours behind native, no directed token",
     "ours behind native, routes kept",
-    "torch.compile",
-    "triton_kernels topk",
+    "ours behind native, all masked, routes kept",
 )
 
 
@@ -123,14 +122,14 @@ def prepare(problem: Problem, contestant: Contestant) -> tuple[Callable[[int], R
     return call, ""
 
 
-def measure(shape: Shape, num_tokens: int, floors: Floors | None, slow_peers: bool, results: Results) -> None:
+def measure(shape: Shape, num_tokens: int, floors: Floors | None, results: Results) -> None:
     """Check, then time, everybody who does this gating; a row each."""
     from kernel_peers import CONTESTANTS, bytes_per_launch, make_problem
 
     of_launch = num_tokens * shape.spec.num_experts * 2
     num_launches = 2 if floors is None else max(MIN_LAUNCHES, min(MAX_LAUNCHES, MAX_LOGITS_BYTES // of_launch))
     problem = make_problem(shape, num_tokens, num_launches, "cpu" if floors is None else "cuda")
-    taking_part = [one for one in CONTESTANTS if one.applies(shape.spec) and (slow_peers or not one.slow)]
+    taking_part = [one for one in CONTESTANTS if one.applies(shape.spec)]
     calls, notes = {}, {}
     for contestant in taking_part:
         calls[contestant.name], notes[contestant.name] = prepare(problem, contestant)
@@ -224,9 +223,7 @@ def short_table(rows: Rows) -> str:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--slow-peers", action="store_true", help="also torch.compile and triton_kernels")
-    args = options.parse_args()
-    run = run_of(args)
+    run = run_of(options.parse_args())
     if not run.on_gpu and not run.rehearse:
         options.error("a time measured on CPU would say nothing; --rehearse checks everything else")
     if run.rehearse:
@@ -244,7 +241,7 @@ def main() -> int:
             if time.monotonic() > run.deadline:
                 missing.append(f"{shape.label}, {num_tokens} tokens")
                 continue
-            measure(shape, num_tokens, floors, args.slow_peers or run.rehearse, results)
+            measure(shape, num_tokens, floors, results)
         results.step("shape ends", shape=shape.label)
     wrong = [f"{row['shape']}, {row['num_tokens']} tokens: {row['note']}" for row in results.rows if row["note"].startswith(WRONG)]
     results.step("done", no_time_for="; ".join(missing) or "nothing", wrong="; ".join(wrong) or "none")

@@ -1,6 +1,6 @@
 """Is it right on this device? Every check is a process of its own; a failed one does not stop the others.
 
-- kernels: the Triton kernels against the specification's loop in float64, ids exact; memcheck: the same under compute-sanitizer.
+- kernels: the Triton kernels against the specification's loop in float64, ids exact.
 - exact-<model>: the published shape with dummy weights, random plans, V2 runner, CUDA graphs: the router logits that the engine
   itself had are recorded, and the routes that came back must be what the plan says for these logits, ids in order.
 - agree-<model>: scores of the engine and of transformers under forced routes, float32 (16 bits for latent attention on a GPU).
@@ -20,12 +20,9 @@ import json
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import search_speed
@@ -69,7 +66,7 @@ def names() -> list[str]:
     """All checks, the most telling first."""
     models = [*(f"exact-{key}" for key in (*NAMES, "deepseek_v2")), "agree-olmoe", "agree-deepseek_v2_lite"]
     modes = [f"mode-{mode}" for mode in MODES]
-    return ["kernels", "replays", *models, *modes, "identity", "isolation", "memcheck"]
+    return ["kernels", "replays", *models, *modes, "identity", "isolation"]
 
 
 # The checks; each is a generator that yields its result once.
@@ -89,26 +86,6 @@ def check_kernels(options: dict[str, Any]) -> Talk:
     for experts, top_k in ((64, 8), (60, 4), (8, 2), (64, 6)):
         check_many_tokens(experts, top_k)
     yield {**found, "tokens_at_once": 16384}
-
-
-def check_memcheck(options: dict[str, Any]) -> Talk:
-    """The kernels under compute-sanitizer, which wraps a process."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        yield {"result": "skipped", "details": "compute-sanitizer is not installed"}
-        return
-    script = str(Path(__file__).with_name("kernels_exact.py"))
-    # The tool's own errors have another status than the program's.
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, script]
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    print(done.stdout, done.stderr, flush=True)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line or "not supported" in line]
-    details = said[-1].strip("= ") if said else f"exit status {done.returncode}"
-    if "not supported" in details.lower():
-        yield {"result": "skipped", "details": details}
-        return
-    yield {"result": "pass" if done.returncode == 0 and "0 errors" in details else "fail", "details": details}
 
 
 class Probe:
@@ -488,7 +465,6 @@ def check_isolation(options: dict[str, Any]) -> Talk:
 
 FUNCTIONS = {
     "kernels": check_kernels,
-    "memcheck": check_memcheck,
     "exact": check_exact,
     "agree": check_agree,
     "identity": check_identity,
