@@ -20,24 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from common import (
-    GIB,
-    Child,
-    ChildFailed,
-    Results,
-    Row,
-    Rows,
-    Run,
-    Talk,
-    engine_environment,
-    engine_settings,
-    markdown,
-    parser,
-    run_of,
-    serve_child,
-    support_path,
-    where,
-)
+import common
+from common import Child, ChildFailed, Results, Row, Rows, Run, Talk
 from shapes import NAMES, Ceilings, Forward, Sizes, config_of, floors_of, make_model, sizes_of
 
 # The first pattern that a kernel's name matches says what it is for.
@@ -95,7 +79,7 @@ class Engine:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        support_path()
+        common.support_path()
         self.tiny = options["rehearse"]
         if self.tiny:
             import engines  # noqa: F401 - the environment of CPU engines
@@ -241,10 +225,12 @@ def table(rows: Rows) -> str:
     cells = ("model", "workload", "floor_ms", "measured_ms", "times_the_floor")
     timed = [row for row in rows if row["kind"] == "workload"]
     lines = [[*(row[name] for name in cells), f"{row['largest_rest']}: {row['largest_rest_ms']} ms"] for row in timed]
-    shown = markdown(["model", "workload", "floor, ms", "measured, ms", "times the floor", "largest part of the rest"], lines)
+    shown = common.markdown(
+        ["model", "workload", "floor, ms", "measured, ms", "times the floor", "largest part of the rest"], lines
+    )
     ceilings = [row for row in rows if row["kind"] == "ceilings"][-1]
     limits = f"copy {ceilings['copy_gb_s']} GB/s, matrix {ceilings['matrix_tflop_s']} TFLOP/s"
-    return f"{shown}\n\nMeasured ceilings: {limits}. {where(rows[-1])}"
+    return f"{shown}\n\nMeasured ceilings: {limits}. {common.where(rows[-1])}"
 
 
 def run_model(key: str, ceilings: Ceilings, run: Run, results: Results) -> None:
@@ -256,11 +242,11 @@ def run_model(key: str, ceilings: Ceilings, run: Run, results: Results) -> None:
     """
     config = config_of(key, run.size)
     folder = make_model(run.scratch / f"floors-{key}", config)
-    settings = engine_settings(run, 6 * GIB, load_format="dummy", max_num_seqs=256 if run.on_gpu else 64)
+    settings = common.engine_settings(run, 6 * common.GIB, load_format="dummy", max_num_seqs=256 if run.on_gpu else 64)
     settings |= {"dtype": "bfloat16" if run.on_gpu else "float32", "max_model_len": 2048 if run.on_gpu else 256}
     settings["max_num_batched_tokens"] = 8192 if run.on_gpu else 1024
     about = {"name": key, "folder": str(folder), "config": config, "settings": settings, "rehearse": run.rehearse}
-    child = Child(__file__, "engine", about, results.log, engine_environment(run, v2=False))
+    child = Child(__file__, "engine", about, results.log, common.engine_environment(run, v2=False))
     try:
         child.read(run.left)
         results.step("engine ready", model=key)
@@ -275,11 +261,11 @@ def run_model(key: str, ceilings: Ceilings, run: Run, results: Results) -> None:
 
 
 def main() -> int:
-    run = run_of(parser(__doc__).parse_args(), "olmoe,deepseek_v2_lite")
+    run = common.run_of(common.parser(__doc__).parse_args(), "olmoe,deepseek_v2_lite")
     results, failed = Results(run, "floors"), []
     if not run.on_gpu and not run.rehearse:
         raise SystemExit("the floors are those of a GPU; --rehearse runs every step on CPU")
-    child = Child(__file__, "ceilings", {"rehearse": run.rehearse}, results.log, engine_environment(run, v2=False))
+    child = Child(__file__, "ceilings", {"rehearse": run.rehearse}, results.log, common.engine_environment(run, v2=False))
     ceilings = Ceilings(**child.read(run.left))
     child.close()
     copy, matrix = round(ceilings.bytes_per_s / 1e9, 1), round(ceilings.flops_per_s / 1e12, 2)
@@ -297,5 +283,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if not serve_child({"ceilings": measure_ceilings, "engine": serve_engine}):
+    if not common.serve_child({"ceilings": measure_ceilings, "engine": serve_engine}):
         sys.exit(main())

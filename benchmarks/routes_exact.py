@@ -25,29 +25,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import common
 import search_speed
-from common import (
-    EXACT_FLOAT32,
-    MODES,
-    NOT_MEASURED,
-    ROOT,
-    Child,
-    ChildFailed,
-    Results,
-    Rows,
-    Run,
-    Talk,
-    engine_environment,
-    engine_settings,
-    float32_settings,
-    latent_settings,
-    markdown,
-    parser,
-    run_of,
-    serve_child,
-    support_path,
-    where,
-)
+from common import NOT_MEASURED, Child, ChildFailed, Results, Rows, Run, Talk
 from shapes import NAMES, config_of, enliven, make_model
 
 MIB = 1 << 20
@@ -65,7 +45,7 @@ WEIGHT_TOLERANCE = 1e-5
 def names() -> list[str]:
     """All checks, the most telling first."""
     models = [*(f"exact-{key}" for key in (*NAMES, "deepseek_v2")), "agree-olmoe", "agree-deepseek_v2_lite"]
-    modes = [f"mode-{mode}" for mode in MODES]
+    modes = [f"mode-{mode}" for mode in common.MODES]
     return ["kernels", "replays", *models, *modes, "identity", "isolation"]
 
 
@@ -163,7 +143,7 @@ def requests(rng: random.Random, shape: Any, count: int, longest: int, vocab: in
 
 def check_exact(options: dict[str, Any]) -> Talk:
     """The routes that came back are what the plans say for the engine's own logits."""
-    support_path()
+    common.support_path()
     from engines import engine, generate
 
     from vllm_unsafe_routes import ModelShape
@@ -177,11 +157,11 @@ def check_exact(options: dict[str, Any]) -> Talk:
     shape, rng = ModelShape.from_hf_config(config), random.Random(7)
     prompts, plans = requests(rng, shape, 32 if run.on_gpu else 12, 120 if run.on_gpu else 40, config["vocab_size"] - 8)
     replays, probe = Replays(), Probe()
-    settings = engine_settings(run, 1 << 30, load_format="dummy", max_num_seqs=32)
+    settings = common.engine_settings(run, 1 << 30, load_format="dummy", max_num_seqs=32)
     settings |= {"dtype": "bfloat16" if run.on_gpu else "float32", "max_num_batched_tokens": 512 if run.on_gpu else 64}
     if base == "deepseek_v2_lite":
         # On a GPU a block size that all kernels for latent attention take.
-        settings |= latent_settings(run) | ({"block_size": 64} if run.on_gpu else {})
+        settings |= common.latent_settings(run) | ({"block_size": 64} if run.on_gpu else {})
     settings |= {"enable_prefix_caching": False, "max_model_len": 256}
     with engine(folder, {"allow_overrides": True}, **settings) as llm:
         enliven(llm, shape.num_experts)
@@ -274,7 +254,7 @@ class Compared:
 
 def check_identity(options: dict[str, Any]) -> Talk:
     """Requests without a plan get stock vLLM's tokens."""
-    support_path()
+    common.support_path()
     import tiny_models
     from batch_runner import run_batch
     from engines import random_prompt
@@ -286,7 +266,7 @@ def check_identity(options: dict[str, Any]) -> Talk:
     folder = tiny_models.make_model("olmoe", scratch / "model", **(MANY_EXPERTS if run.on_gpu else {}))
     rng, count = random.Random(3), 32 if run.on_gpu else 4
     prompts = [random_prompt(rng, rng.randrange(8, 96 if run.on_gpu else 32), tiny_models.VOCAB_SIZE) for _ in range(count)]
-    settings = engine_settings(run, 256 * MIB, enable_prefix_caching=False)
+    settings = common.engine_settings(run, 256 * MIB, enable_prefix_caching=False)
     settings["dtype"] = "bfloat16" if run.on_gpu else "float32"
     job = {"model": str(folder), "routes": None, "settings": settings, "prompts": prompts, "extras": [None] * count}
     job["sampling"] = {"max_tokens": 48 if run.on_gpu else 4}
@@ -379,7 +359,7 @@ class Changing:
 
 def check_replays(options: dict[str, Any]) -> Talk:
     """Every returned route obeys its own plan and the policy, whatever graph was replayed before."""
-    support_path()
+    common.support_path()
     import tiny_models
     from engines import engine, generate, random_prompt
 
@@ -388,7 +368,7 @@ def check_replays(options: dict[str, Any]) -> Talk:
     run = Run.of(options["run"])
     folder = tiny_models.make_model("olmoe", run.scratch / options["name"], **(MANY_EXPERTS if run.on_gpu else {}))
     changing = Changing(ModelShape.from_hf_config(json.loads((folder / "config.json").read_text())))
-    settings = engine_settings(run, 256 * MIB, enable_prefix_caching=False, max_num_seqs=8)
+    settings = common.engine_settings(run, 256 * MIB, enable_prefix_caching=False, max_num_seqs=8)
     settings |= {"dtype": "bfloat16" if run.on_gpu else "float32", "max_num_batched_tokens": 256}
     replays, (count, waves, max_tokens) = Replays(), (8, 6, 24) if run.on_gpu else (4, 2, 5)
     with engine(folder, {"allow_overrides": True, "policy": changing.policy}, **settings) as llm:
@@ -435,13 +415,13 @@ def check_agree(options: dict[str, Any]) -> Talk:
 
 def check_isolation(options: dict[str, Any]) -> Talk:
     """The CPU suite's random mix, in this run's mode."""
-    support_path()
+    common.support_path()
     import engines
     import pytest
     import tiny_models
 
     run = Run.of(options["run"])
-    path = ROOT / "tests/engine/test_isolation.py"
+    path = common.ROOT / "tests/engine/test_isolation.py"
     spec = importlib.util.spec_from_file_location("test_isolation", path)
     assert spec is not None and spec.loader is not None
     test: Any = importlib.util.module_from_spec(spec)
@@ -450,8 +430,8 @@ def check_isolation(options: dict[str, Any]) -> Talk:
     own, replays = engines.engine, Replays()
 
     def engine(model: Any, routes: Any, **settings: Any) -> Any:
-        more = engine_settings(run, 256 * MIB, max_num_seqs=settings["max_num_seqs"])
-        return own(model, routes, **{**more, **float32_settings(run), "block_size": 32, **settings})
+        more = common.engine_settings(run, 256 * MIB, max_num_seqs=settings["max_num_seqs"])
+        return own(model, routes, **{**more, **common.float32_settings(run), "block_size": 32, **settings})
 
     test.engine, test.V1_RUNNER = engine, False
     test.TOLERANCE = 2e-3 if run.on_gpu else 1e-4
@@ -476,9 +456,9 @@ FUNCTIONS = {
 
 def environment(kind: str, run: Run) -> dict[str, str]:
     """Environment of a check's process; on CPU the V2 runner and the kernels are interpreted."""
-    env = engine_environment(run, v2=kind != "agree")
+    env = common.engine_environment(run, v2=kind != "agree")
     if run.on_gpu:
-        return env | (EXACT_FLOAT32 if kind in ("isolation", "agree") else {})
+        return env | (common.EXACT_FLOAT32 if kind in ("isolation", "agree") else {})
     return env | ({} if kind == "agree" else {"TRITON_INTERPRET": "1"})
 
 
@@ -522,11 +502,11 @@ def table(rows: Rows) -> str:
     for row in {(row["check"], row.get("mode")): row for row in rows}.values():
         counts = ", ".join(shown(name, value) for name, value in row.items() if name not in hidden)
         lines.append([row["check"], row.get("mode", ""), row["result"], row.get("details") or counts])
-    return f"{markdown(['check', 'mode', 'result', 'what was checked'], lines)}\n\n{where(rows[-1])}"
+    return f"{common.markdown(['check', 'mode', 'result', 'what was checked'], lines)}\n\n{common.where(rows[-1])}"
 
 
 def main() -> int:
-    run = run_of(parser(__doc__).parse_args())
+    run = common.run_of(common.parser(__doc__).parse_args())
     results = Results(run, "routes_exact")
     if not run.on_gpu and not run.rehearse:
         raise SystemExit("the test suite checks this on CPU; --rehearse runs these checks there")
@@ -541,5 +521,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if not serve_child(FUNCTIONS):
+    if not common.serve_child(FUNCTIONS):
         sys.exit(main())

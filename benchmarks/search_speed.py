@@ -35,32 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import (
-    EXACT_FLOAT32,
-    GIB,
-    NOT_MEASURED,
-    Child,
-    ChildFailed,
-    Results,
-    Row,
-    Rows,
-    Run,
-    Talk,
-    distinct,
-    engine_environment,
-    engine_settings,
-    float32_settings,
-    latent_settings,
-    markdown,
-    parser,
-    rotated,
-    rounds,
-    run_of,
-    serve_child,
-    spread,
-    support_path,
-    where,
-)
+import common
+from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
 from shapes import NAMES, config_of, make_model
 
 TARGET, DRAWS, BATCH = 16, 10, 64
@@ -235,7 +211,7 @@ def serve_transformers(options: dict[str, Any]) -> Talk:
 
 def serve_engine(options: dict[str, Any]) -> Talk:
     """Child: the engine, with this project's own search on it."""
-    support_path()
+    common.support_path()
     if options["device"] == "cpu":
         import engines  # noqa: F401 - the environment of CPU engines
     from vllm_unsafe_routes import RoutePlan
@@ -349,7 +325,7 @@ def agreement(options: dict[str, Any]) -> Talk:
         AssertionError: they differ, or the forced routes change nothing.
 
     """
-    support_path()
+    common.support_path()
     import tiny_models
 
     on_gpu, latent = options["device"] == "cuda", options["model"] == "deepseek_v2_lite"
@@ -389,9 +365,9 @@ def furthest(scores: list[list[float]], tolerance: float) -> float:
 def agreement_options(key: str, run: Run) -> dict[str, Any]:
     """Settings of the child `agreement`."""
     device, latent = ("cuda" if run.on_gpu else "cpu"), key == "deepseek_v2_lite"
-    settings = engine_settings(run, GIB, max_num_seqs=64, max_num_batched_tokens=1024)
-    settings |= {} if latent else float32_settings(run)
-    settings |= latent_settings(run) if latent else {}
+    settings = common.engine_settings(run, common.GIB, max_num_seqs=64, max_num_batched_tokens=1024)
+    settings |= {} if latent else common.float32_settings(run)
+    settings |= common.latent_settings(run) if latent else {}
     settings.pop("dtype", None)
     count = 12 if run.rehearse else 64
     return {"name": key, "model": key, "device": device, "scratch": str(run.scratch), "settings": settings, "count": count}
@@ -451,9 +427,9 @@ def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) 
         more |= {"max_num_seqs": 512, "max_num_batched_tokens": 4096}
     elif run.rehearse:
         more |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
-    more |= latent_settings(run) if key == "deepseek_v2_lite" else {}
-    options["settings"] = engine_settings(run, 2 * GIB, **more)
-    env = engine_environment(run, v2=False)
+    more |= common.latent_settings(run) if key == "deepseek_v2_lite" else {}
+    options["settings"] = common.engine_settings(run, 2 * common.GIB, **more)
+    env = common.engine_environment(run, v2=False)
     return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(threads)})
 
 
@@ -559,8 +535,8 @@ def compare(sides: Sides, results: Results) -> dict[str, float]:
     rates: dict[str, list[float]] = {variant: [] for variant in sides.variants}
     # On a GPU a third of what is left belongs to the whole attempt and RoSais.
     until = run.deadline - (run.left / 3 if run.on_gpu else 0)
-    for number in rounds(1 if run.rehearse else run.rounds, until):
-        found = {variant: sides.measure(variant, 1000 * (number + 1)) for variant in rotated(sides.variants, number)}
+    for number in common.rounds(1 if run.rehearse else run.rounds, until):
+        found = {variant: sides.measure(variant, 1000 * (number + 1)) for variant in common.rotated(sides.variants, number)}
         rate = {variant: sides.rate(one) for variant, one in found.items()}
         for variant in sides.variants:
             rates[variant].append(rate[variant])
@@ -608,7 +584,7 @@ def measure_model(key: str, run: Run, threads: int, results: Results, agreed: bo
     children: list[Child] = []
     try:
         if not agreed:
-            env = engine_environment(run, v2=False) | EXACT_FLOAT32
+            env = common.engine_environment(run, v2=False) | common.EXACT_FLOAT32
             children.append(Child(__file__, "agreement", agreement_options(key, run), results.log, env))
             found = children[0].read(run.left)
             results.step("scores agree", model=key, **found)
@@ -655,7 +631,9 @@ def check_scores(sides: Sides, results: Results) -> None:
 def memory(run: Run, results: Results, long: bool) -> None:
     """Peak memory over the number of candidates."""
     counts = [20, 200] if run.rehearse else [1_000, 100_000, *([1_000_000] if long else [])]
-    child = Child(__file__, "memory", {"name": "lab", "warm_up": 20 * counts[0]}, results.log, engine_environment(run, v2=False))
+    child = Child(
+        __file__, "memory", {"name": "lab", "warm_up": 20 * counts[0]}, results.log, common.engine_environment(run, v2=False)
+    )
     child.read(run.left)
     for count in counts:
         found = child.ask(run.left, count=count)
@@ -689,11 +667,11 @@ def cpu_table(rows: Rows) -> str:
     """Medians over rounds."""
     timed = [row for row in rows if row["kind"] == "speed"]
     lines = []
-    for threads in sorted(distinct(timed, "threads"), key=int):
-        for variant in distinct(timed, "variant"):
+    for threads in sorted(common.distinct(timed, "threads"), key=int):
+        for variant in common.distinct(timed, "variant"):
             mine = [row for row in timed if (row["threads"], row["variant"]) == (threads, variant)]
             names = ("candidates_per_s", "ratio_to_one_by_one", "ratio_to_batches")
-            middle = [spread([float(row[name]) for row in mine], 1, 1) for name in names]
+            middle = [common.spread([float(row[name]) for row in mine], 1, 1) for name in names]
             share = sum(int(row["computed_tokens"]) for row in mine) / sum(int(row["tokens"]) for row in mine)
             lines.append([variant, threads, *middle, f"{100 * share:.0f}%"])
     if not timed:
@@ -713,36 +691,36 @@ def cpu_table(rows: Rows) -> str:
         f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} MiB" for row in rows if row["kind"] == "memory"
     ]
     note += f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else ""
-    return f"{markdown([*header, 'tokens computed'], lines)}\n\n{note}"
+    return f"{common.markdown([*header, 'tokens computed'], lines)}\n\n{note}"
 
 
 def gpu_table(rows: Rows) -> str:
     """Rates, then whole attempts and RoSais."""
     timed, lines, single = [row for row in rows if row["kind"] == "speed"], [], []
-    for model in distinct(timed, "model"):
-        for variant in distinct(timed, "variant"):
+    for model in common.distinct(timed, "model"):
+        for variant in common.distinct(timed, "variant"):
             mine = [row for row in timed if (row["model"], row["variant"]) == (model, variant)]
             names = ("candidates_per_s", "ratio_to_published", "ratio_to_fastest")
-            lines.append([model, variant, *(spread([float(row[name]) for row in mine], 1, 1) for name in names)])
+            lines.append([model, variant, *(common.spread([float(row[name]) for row in mine], 1, 1) for name in names)])
     for row in rows:
         if row["kind"] in ("rosais", "whole run"):
             name = {"rosais": "RoSais", "whole run": "whole F-SOUR attempt"}[row["kind"]]
             cells = [row[column] for column in ("seconds", "candidates", "transformers_seconds", "ratio_to_published")]
             single.append([row["model"], f"{name}, {row['variant']}", *cells])
-    rates = markdown(["model", "what", "candidates/s", "against the published way", "against its fastest experts"], lines)
-    wholes = markdown(["model", "what", "seconds", "candidates", "transformers, seconds", "ratio"], single)
-    return f"{rates}\n\n{wholes}\n\nEngine mode: {', '.join(distinct(rows, 'mode'))}. {where(rows[-1])}"
+    rates = common.markdown(["model", "what", "candidates/s", "against the published way", "against its fastest experts"], lines)
+    wholes = common.markdown(["model", "what", "seconds", "candidates", "transformers, seconds", "ratio"], single)
+    return f"{rates}\n\n{wholes}\n\nEngine mode: {', '.join(common.distinct(rows, 'mode'))}. {common.where(rows[-1])}"
 
 
 def main() -> int:
-    options = parser(__doc__, rounds=3)
+    options = common.parser(__doc__, rounds=3)
     options.add_argument("--threads", default="1", help="numbers of OpenMP threads on CPU, the same for all variants (default: 1)")
     options.add_argument("--agreed", action="store_true", help="the sides were seen to agree: start with the timing")
     options.add_argument("--memory", action="store_true", help="measure peak memory instead")
     options.add_argument("--long", action="store_true", help="with --memory: also one million candidates")
     options.add_argument("--profile", action="store_true", help="profile the engine instead")
     args: argparse.Namespace = options.parse_args()
-    run = run_of(args)
+    run = common.run_of(args)
     results, failed = Results(run, "search_speed"), []
     if args.profile:
         profile(run, results.log)
@@ -764,5 +742,5 @@ def main() -> int:
 
 CHILDREN = {"engine": serve_engine, "transformers": serve_transformers, "agreement": agreement, "memory": serve_memory}
 if __name__ == "__main__":
-    if not serve_child(CHILDREN):
+    if not common.serve_child(CHILDREN):
         sys.exit(main())

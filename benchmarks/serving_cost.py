@@ -23,32 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import (
-    GIB,
-    NOT_MEASURED,
-    Child,
-    ChildFailed,
-    Results,
-    Row,
-    Rows,
-    Run,
-    Talk,
-    distinct,
-    engine_environment,
-    engine_settings,
-    first_line,
-    latent_settings,
-    lay_out,
-    markdown,
-    parser,
-    rotated,
-    rounds,
-    run_of,
-    serve_child,
-    spread,
-    support_path,
-    where,
-)
+import common
+from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
 from shapes import BYTES, NAMES, config_of, enliven, make_model, sizes_of, weight_bytes
 
 Load = tuple[int, int, int]  # requests, prompt tokens, generated tokens
@@ -76,13 +52,13 @@ VARIANTS = {
 ENGINES = {"stock": "stock", "idle": "routes", "plans": "routes", "policy": "policy", "eager": "eager"}
 AGAINST = ", other tree"
 # Beside weights and KV: CUDA context, activations, graphs.
-OVERHEAD = int(2.5 * GIB)
+OVERHEAD = int(2.5 * common.GIB)
 STEP_TOKENS = 4096
 
 
 def serve(options: dict[str, Any]) -> Talk:
     """Child: an engine that runs a load when told to."""
-    support_path()
+    common.support_path()
     if options["cpu"]:
         import engines  # noqa: F401 - the environment of CPU engines
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -159,7 +135,7 @@ def subject_of(key: str, run: Run) -> Subject:
         return Subject(key, config, make_model(run.scratch / f"serving-{key}", config, dtype), 0, 16)
     # A step's tokens twice over: prompts with one token to generate leave after their step.
     kv_tokens = 2 * STEP_TOKENS + max(count * (length + new) for count, length, new in loads_of(run).values() if new > 1)
-    kv_bytes = int(kv_tokens * BYTES * sizes_of(config).num_layers * sizes_of(config).kv_values) + GIB // 4
+    kv_bytes = int(kv_tokens * BYTES * sizes_of(config).num_layers * sizes_of(config).kv_values) + common.GIB // 4
     room = 0.97 * free_memory()
     while config["num_hidden_layers"] > 1 and room < 2 * (weight_bytes(config) + kv_bytes + OVERHEAD):
         config["num_hidden_layers"] -= 1
@@ -169,7 +145,7 @@ def subject_of(key: str, run: Run) -> Subject:
 
 def free_memory() -> float:
     """Bytes of the GPU's memory."""
-    free = first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    free = common.first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
     if free.isdecimal():
         return float(free) * (1 << 20)
     import torch
@@ -185,15 +161,15 @@ def loads_of(run: Run) -> dict[str, Load]:
 
 def start_engine(name: str, subject: Subject, run: Run, against: Path | None, log: Path) -> Child:
     """The process of an engine; `against` is another tree, laid out, for the names that end in `AGAINST`."""
-    settings = engine_settings(run, subject.kv_bytes, "eager" if name == "eager" else run.mode, enable_prefix_caching=False)
+    settings = common.engine_settings(run, subject.kv_bytes, "eager" if name == "eager" else run.mode, enable_prefix_caching=False)
     settings |= {"dtype": "float32" if run.rehearse else "bfloat16", "max_num_seqs": 64}
     if run.rehearse or run.on_gpu:
         settings["load_format"] = "dummy"
     settings["max_model_len"] = {"tiny": 256, "cpu": 512, "full": 2048}[run.size]
     settings["max_num_batched_tokens"] = STEP_TOKENS
     if subject.config["model_type"] == "deepseek_v2":
-        settings |= latent_settings(run)
-    env = engine_environment(run, v2=False)
+        settings |= common.latent_settings(run)
+    env = common.engine_environment(run, v2=False)
     if name in ("stock", "eager"):
         env["VLLM_PLUGINS"] = ""
     if name.endswith(AGAINST):
@@ -232,9 +208,9 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
         for name, (count, length, new) in loads.items():
             for variant in taking_part[name]:
                 ask(variant, (count, length, min(new, 8)), 0)
-        for at in rounds((1 if run.rehearse else run.rounds) * len(names), run.deadline):
+        for at in common.rounds((1 if run.rehearse else run.rounds) * len(names), run.deadline):
             number, name = at // len(names), names[at % len(names)]
-            found = {variant: ask(variant, loads[name], number + 1) for variant in rotated(taking_part[name], number)}
+            found = {variant: ask(variant, loads[name], number + 1) for variant in common.rotated(taking_part[name], number)}
             take_down(subject, run, results, name, number, {variant: found[variant] for variant in taking_part[name]})
     finally:
         for child in children.values():
@@ -282,10 +258,10 @@ def cpu_table(rows: Rows) -> str:
     """Median ratios with the range over rounds."""
     loads = LOADS["cpu"]
     lines = [
-        [VARIANTS[variant], *(spread(ratios_of(rows, load, variant), 3, 2) for load in loads)]
+        [VARIANTS[variant], *(common.spread(ratios_of(rows, load, variant), 3, 2) for load in loads)]
         for variant in ("idle", "policy", "plans")
     ]
-    table = markdown(["against stock vLLM, same batch", *loads], lines)
+    table = common.markdown(["against stock vLLM, same batch", *loads], lines)
     if not rows:
         return table
     row, count = rows[0], 1 + max(int(row["round"]) for row in rows)
@@ -298,25 +274,25 @@ def cpu_table(rows: Rows) -> str:
 def gpu_table(rows: Rows) -> str:
     """Tokens per second of stock and the ratios to it."""
     lines = []
-    for model in distinct(rows, "model"):
+    for model in common.distinct(rows, "model"):
         mine = [row for row in rows if row["model"] == model]
-        for load in distinct(mine, "load"):
+        for load in common.distinct(mine, "load"):
             rates = [float(row["tokens_per_s"]) for row in mine if (row["load"], row["variant"]) == (load, "stock")]
-            cells = [spread(ratios_of(mine, load, variant), 3, 3) for variant in VARIANTS]
+            cells = [common.spread(ratios_of(mine, load, variant), 3, 3) for variant in VARIANTS]
             stock = f"{statistics.median(rates):,.0f}" if rates else NOT_MEASURED
             lines.append([f"{model}, {mine[0]['layers']} layers", load, stock, *cells])
     count = 1 + max((int(row["round"]) for row in rows), default=-1)
-    modes = ", ".join(map(str, distinct(rows, "mode")))
-    table = markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
+    modes = ", ".join(map(str, common.distinct(rows, "mode")))
+    table = common.markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
     note = f"Throughput ratio to stock, median and range of up to {count} rounds, turn by turn; engine mode: {modes}."
-    return f"{table}\n\n{note} {where(rows[-1])}"
+    return f"{table}\n\n{note} {common.where(rows[-1])}"
 
 
 def trees_table(rows: Rows) -> str:
     """This tree's seconds over the other's in the same round: 1 is equal, more is slower."""
     seconds = {(row["load"], row["variant"], row["round"]): float(row["seconds"]) for row in rows}
     lines = []
-    for load in distinct(rows, "load"):
+    for load in common.distinct(rows, "load"):
         for variant in VARIANTS:
             pairs = [
                 (took, seconds[load, variant + AGAINST, number])
@@ -324,17 +300,17 @@ def trees_table(rows: Rows) -> str:
                 if (of_load, of_variant) == (load, variant) and (load, variant + AGAINST, number) in seconds
             ]
             if pairs:
-                lines.append([load, VARIANTS[variant], spread([ours / theirs for ours, theirs in pairs], 3, 3)])
-    return markdown(["load", "variant", "seconds of this tree over the other's"], lines)
+                lines.append([load, VARIANTS[variant], common.spread([ours / theirs for ours, theirs in pairs], 3, 3)])
+    return common.markdown(["load", "variant", "seconds of this tree over the other's"], lines)
 
 
 def main() -> int:
-    options = parser(__doc__, rounds=9)
+    options = common.parser(__doc__, rounds=9)
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
-    run = run_of(args)
+    run = common.run_of(args)
     results, failed = Results(run, "serving_cost"), []
-    against = lay_out(args.against.resolve(), run.scratch / "against") if args.against else None
+    against = common.lay_out(args.against.resolve(), run.scratch / "against") if args.against else None
     engines = [name for name in dict.fromkeys(ENGINES.values()) if name != "eager" or (run.on_gpu and run.mode != "eager")]
     engines += [f"{name}{AGAINST}" for name in ("routes", "policy") if against]
     for key in run.models:
@@ -355,5 +331,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if not serve_child({"engine": serve}):
+    if not common.serve_child({"engine": serve}):
         sys.exit(main())
