@@ -2,8 +2,8 @@
 
 import contextlib
 import csv
-import json
 
+import msgspec
 import pytest
 from campaign_runs import assert_same_results, num_lines, results
 from engines import engine
@@ -19,7 +19,7 @@ from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
-from vllm_unsafe_routes.study.records import Rosais
+from vllm_unsafe_routes.study.records import Addition, Rosais
 
 pytestmark = pytest.mark.v1_only
 LAB = ("--model", "lab", "--dtype", "float32")
@@ -68,7 +68,7 @@ def test_the_first_ban_is_the_one_that_lowers_the_target_most(backend, examples)
     best = tried[int(means.argmin())]
     assert (added[0].layer, added[0].expert) == best
     assert added[0].strength == pytest.approx(-means.min(), abs=1e-4)
-    assert len(notes[0]["measured"]) == len(tried) and len(notes[1]["measured"]) < len(tried)
+    assert len(notes[0].measured) == len(tried) and len(notes[1].measured) < len(tried)
     assert not {(one.layer, one.expert) for one in added} & {(1, 2), (3, 0)}
 
 
@@ -76,7 +76,9 @@ def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples):
     settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9}
     whole, notes = add_greedily(backend, examples, **settings)
     assert len(whole) == 4
-    again, rest = add_greedily(backend, examples, so_far=json.loads(json.dumps(notes[:2])), **settings)
+    again, rest = add_greedily(
+        backend, examples, so_far=msgspec.json.decode(msgspec.json.encode(notes[:2]), type=list[Addition]), **settings
+    )
     assert again == whole and rest == notes[2:]
 
 

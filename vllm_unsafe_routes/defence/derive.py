@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -342,10 +341,10 @@ class _Derivation:
         """The bans in the order in which they were added; each is a record, so that an interrupted path goes on."""
         campaign, greedy = self.trials.campaign, self.study.greedy
         settings = GreedySettings(max(greedy.bans), budget=share, utility_weight=greedy.weight)
-        so_far = [msgspec.structs.asdict(record) for record in read(campaign.folder, Addition) if record.share == share]
+        so_far = [record for record in read(campaign.folder, Addition) if record.share == share]
 
-        def note(_: Any, value: Mapping[str, Any]) -> None:
-            campaign.append(("greedy", share, value["number"]), msgspec.convert({**value, "share": share}, Addition))
+        def note(_: Any, addition: Addition) -> None:
+            campaign.append(("greedy", share, addition.number), addition)
 
         search = greedy_bans(self.bench.backend, opened, self._harmless(), self.layers, settings, pinned, so_far)
         ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
