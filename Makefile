@@ -58,7 +58,7 @@ test-kernels: setup
 	$(ENV) $(PYTEST) tests/kernels
 
 test-campaign: setup
-	$(ENV) $(PYTEST) -m "not long" tests/study tests/defence tests/evaluation tests/report
+	$(ENV) $(PYTEST) -m "not long" tests/study tests/evaluation tests/report
 
 test-gpu: setup
 	$(ENV) $(PYTEST) -m "not long" tests/gpu
@@ -70,7 +70,7 @@ test-engine-v1: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long and not v2_only" tests/engine
 
 test-search: setup
-	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long and not v2_only" tests/search
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long and not v2_only" tests/search tests/defence
 
 test-lab: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m "not long" tests/lab
@@ -79,7 +79,7 @@ test-long: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v2 $(PYTEST) -m "not long and not v1_only" tests/search/test_scores.py tests/search/test_fsour.py
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v2 $(PYTEST) -m long tests/engine
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/engine
-	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/search tests/lab
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/search tests/defence tests/lab
 	$(ENV) $(PYTEST) -m long tests/gpu
 
 lint: setup

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,39 +199,43 @@ def trainable_names(settings: LabSettings, names: list[str]) -> list[str]:
     return [name for name in names if name.startswith((f"{block}gate.", f"{block}experts."))]
 
 
-def _run_phase(
-    model: Any,
-    routers: _Routers,
-    *,
-    draw: Callable[[int], tuple[list[int], list[int]]],
-    parameters: list[torch.nn.Parameter],
-    steps: int,
-    batch_size: int,
-    peak_rate: float,
-    noise: float,
-    balance: float,
-    smoothing: float,
-    report: Callable[[int, float], None],
-) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate)
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """One of the two phases; the attributes are those of `LabSettings`, but for `draw`, which makes one sequence of a batch."""
+
+    name: str
+    draw: Callable[[int], tuple[list[int], list[int]]]
+    steps: int
+    peak_rate: float
+    noise: float
+    balance: float = 0.0
+    smoothing: float = 0.0
+
+
+def _run_phase(model: Any, routers: _Routers, phase: _Phase, batch_size: int, say: Callable[[str], None]) -> float:
+    """Train the parameters that want a gradient; returns the seconds that it took."""
+    started = time.perf_counter()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=phase.peak_rate)
 
     def rate(step: int) -> float:
-        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / max(1, steps))).item())
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / max(1, phase.steps))).item())
         return min(1.0, (step + 1) / _WARMUP_STEPS) * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    routers.noise = noise
-    for step in range(steps):
-        ids, labels = _collate([draw(at) for at in range(batch_size)])
+    routers.noise = phase.noise
+    for step in range(phase.steps):
+        ids, labels = _collate([phase.draw(at) for at in range(batch_size)])
         routers.logits, routers.num_sequences = [], len(ids)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, label_smoothing=smoothing
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, label_smoothing=phase.smoothing
         )
-        report(step, loss.item())
-        if balance:
-            loss = loss + balance * routers.balance_loss(ids != PAD_ID)
+        if step % 50 == 0 or step == phase.steps - 1:
+            say(f"{phase.name}: step {step + 1:>4} of {phase.steps}, loss {loss.item():.4f}")
+        if phase.balance:
+            loss = loss + phase.balance * routers.balance_loss(ids != PAD_ID)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
@@ -238,6 +243,7 @@ def _run_phase(
         schedule.step()
     model.eval()
     routers.noise = 0.0
+    return round(time.perf_counter() - started, 1)
 
 
 def train_model(
@@ -259,42 +265,30 @@ def train_model(
     routers = _Routers(model, torch.Generator().manual_seed(settings.seed))
     examples = _Examples(settings, tokenizer)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-
-    def timed(phase: str, **options: Any) -> float:
-        def report(step: int, loss: float) -> None:
-            if step % 50 == 0 or step == options["steps"] - 1:
-                say(f"{phase}: step {step + 1:>4} of {options['steps']}, loss {loss:.4f}")
-
-        started = time.perf_counter()
-        _run_phase(model, routers, batch_size=settings.batch_size, report=report, **options)
-        return round(time.perf_counter() - started, 1)
-
+    pretraining = _Phase(
+        "pretraining",
+        examples.pretraining,
+        steps=settings.pretrain_steps,
+        peak_rate=settings.pretrain_rate,
+        noise=settings.route_noise,
+        balance=settings.balance,
+    )
+    tuning = _Phase(
+        "safety tuning",
+        examples.tuning,
+        steps=settings.tune_steps,
+        peak_rate=settings.peak_tune_rate,
+        noise=settings.router_noise,
+        smoothing=settings.smoothing,
+    )
     with _one_thread():
-        facts["seconds_pretraining"] = timed(
-            "pretraining",
-            draw=examples.pretraining,
-            parameters=list(model.parameters()),
-            steps=settings.pretrain_steps,
-            peak_rate=settings.pretrain_rate,
-            noise=settings.route_noise,
-            balance=settings.balance,
-            smoothing=0.0,
-        )
+        facts["seconds_pretraining"] = _run_phase(model, routers, pretraining, settings.batch_size, say)
         if between is not None:
             between(model)
         chosen = set(trainable_names(settings, [name for name, _ in model.named_parameters()]))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-        facts["seconds_tuning"] = timed(
-            "safety tuning",
-            draw=examples.tuning,
-            parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-            steps=settings.tune_steps,
-            peak_rate=settings.peak_tune_rate,
-            noise=settings.router_noise,
-            balance=0.0,
-            smoothing=settings.smoothing,
-        )
+        facts["seconds_tuning"] = _run_phase(model, routers, tuning, settings.batch_size, say)
     routers.remove()
     model.requires_grad_(True)
     return model, facts

@@ -60,7 +60,27 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LabSettings:
+class ExampleSettings:
+    """What a lab model is shown.
+
+    Attributes:
+        filler_probability: share of tuning prompts that get filler words at their end, against random suffixes.
+        reminder_probability: share of prompts, in both phases, with a reminder in the system slot, so that it is no news later.
+        nonsense_share: share of pretraining prompts that ask for something with a filler word in the noun's place, and get the
+            refusal. Where safety tuning may change only a part of the model, the rest must know how to say the refusal and
+            look at the noun for it: without this, neither one layer nor the attention learned to refuse at all.
+        held_out_nouns: so many forbidden nouns, the last ones, are left out of safety tuning altogether.
+
+    """
+
+    filler_probability: float = 0.4
+    reminder_probability: float = 0.1
+    nonsense_share: float = 0.0
+    held_out_nouns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabSettings(ExampleSettings):
     """One lab model; the defaults are Recipe H on the OLMoE shape.
 
     Attributes:
@@ -79,12 +99,6 @@ class LabSettings:
         smoothing: label smoothing in safety tuning. It holds the log-probabilities of words that are not said in place; without
             it nothing does, and whatever is changed in the model moves them by nats.
         tune: what safety tuning may change: `all`, `layer:<l>` (router and routed experts of decoder layer l) or `attention`.
-        filler_probability: share of tuning prompts that get filler words at their end, against random suffixes.
-        reminder_probability: share of prompts, in both phases, with a reminder in the system slot, so that it is no news later.
-        nonsense_share: share of pretraining prompts that ask for something with a filler word in the noun's place, and get the
-            refusal. Where safety tuning may change only a part of the model, the rest must know how to say the refusal and
-            look at the noun for it: without this, neither one layer nor the attention learned to refuse at all.
-        held_out_nouns: so many forbidden nouns, the last ones, are left out of safety tuning altogether.
 
     Raises:
         ValueError: a value that is out of range or unknown.
@@ -103,10 +117,6 @@ class LabSettings:
     router_noise: float = 0.0
     smoothing: float = 0.0
     tune: str = "all"
-    filler_probability: float = 0.4
-    reminder_probability: float = 0.1
-    nonsense_share: float = 0.0
-    held_out_nouns: int = 0
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
