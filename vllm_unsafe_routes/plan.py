@@ -5,7 +5,7 @@ How a plan flows, file by file, in the order in which a step happens:
 1. `plan.py` (here): the user writes directives; `to_string()` makes the one string that travels with the request (`wire.py`).
 2. `engine/frontend.py`: the plan is decoded and checked against the model's shape, the policy and the prompt, before the
    request is scheduled. A bad plan fails its own request alone.
-3. `compiled.py`: the plan becomes route-table rows (contents, not ids) and a small block of row indices.
+3. `compiler.py`: the plan becomes route-table rows (contents, not ids) and a small block of row indices.
 4. `engine/cache.py`: the directives of a KV block become part of the block's prefix-cache key.
 5. `engine/scheduler.py`: admits a request once the route table has room for its rows.
 6. `engine/device_table.py`, `engine/row_index.py`: the rows get places in the device-resident table, and before each forward

@@ -11,7 +11,8 @@ import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
 from vllm_unsafe_routes.cli import make_parser
-from vllm_unsafe_routes.compiled import PlanCompiler, RowLayout
+from vllm_unsafe_routes.compiled import RowLayout
+from vllm_unsafe_routes.compiler import PlanCompiler
 from vllm_unsafe_routes.engine.symbols import SYMBOLS
 from vllm_unsafe_routes.extras import RouteExtras
 

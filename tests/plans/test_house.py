@@ -7,9 +7,7 @@ import pytest
 
 CLASSES, FUNCTIONS = house.all_definitions()
 # What was over a limit when the limits came, with its size then. Entries only shrink, and go when the limit holds; none is added.
-LONG_CLASSES = {
-    "PlanCompiler": 218,
-}
+LONG_CLASSES: dict[str, int] = {}
 WIDE_CLASSES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 WIDE_FUNCTIONS: dict[str, int] = {}

@@ -4,7 +4,7 @@ import itertools
 import random
 
 from vllm_unsafe_routes import ModelShape, RoutePlan
-from vllm_unsafe_routes.compiled import PlanCompiler
+from vllm_unsafe_routes.compiler import PlanCompiler
 from vllm_unsafe_routes.table import Arena, Ledger, RowStore
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, Receipt, RouteError, RoutePlan, RoutePolicy
-from vllm_unsafe_routes.compiled import PlanCompiler
+from vllm_unsafe_routes.compiler import PlanCompiler
 from vllm_unsafe_routes.extras import RouteExtras, ScoreSpec
 from vllm_unsafe_routes.policy import ActivePolicy
 

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..compiled import PlanCompiler
+    from ..compiler import PlanCompiler
 
     path = args.model / "config.json" if args.model.is_dir() else args.model
     try:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..compiled import CompiledPlan, PlanCompiler
+from ..compiled import CompiledPlan
+from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..policy import ActivePolicy

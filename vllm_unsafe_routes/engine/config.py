@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from ..compiled import PlanCompiler
+from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..jitter import Jitter
 from ..policy import POLICY_MODES, POLICY_VERSION, ActivePolicy, RoutePolicy

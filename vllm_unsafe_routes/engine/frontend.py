@@ -10,7 +10,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from ..compiled import CompiledPlan, PlanCompiler
+from ..compiled import CompiledPlan
+from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..extras import KEYS, SCORE_KEY, RouteExtras, ScoreSpec
 from ..plan import parse_plan

@@ -9,7 +9,8 @@ import torch
 
 from vllm_unsafe_routes.kernels.route_topk import uses_triton
 
-from ..compiled import NO_ROW, PlanCompiler
+from ..compiled import NO_ROW
+from ..compiler import PlanCompiler
 from ..policy import ActivePolicy
 from ..shape import ModelShape
 from .device_table import DeviceTable

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..compiled import PlanCompiler
+from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..policy import ActivePolicy
 from ..table import Ledger

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
-from vllm_unsafe_routes.compiled import NO_ROW, PlanCompiler
+from vllm_unsafe_routes.compiled import NO_ROW
+from vllm_unsafe_routes.compiler import PlanCompiler
 
 SHAPE = ModelShape("olmoe", 6, 64, (1, 2, 4), num_experts=64, top_k=4)
 POLICY = RoutePolicy({1: LayerPolicy(disabled=frozenset({7}), protected=frozenset({3})), 4: LayerPolicy(frozenset(range(59)))})
@@ -139,7 +140,7 @@ def test_counts_and_keys_against_a_loop():
 
 def test_threads_share_a_compiler(monkeypatch):
     """An engine core's two threads look plans up in one compiler while old results make room for new ones."""
-    monkeypatch.setattr("vllm_unsafe_routes.compiled._REMEMBERED_PLANS", 2)
+    monkeypatch.setattr("vllm_unsafe_routes.compiler._REMEMBERED_PLANS", 2)
     compiler = PlanCompiler(SHAPE)
     texts = [RoutePlan().disable(2, "all", [expert]).to_string() for expert in range(8)]
     deltas = [(2, position, 8, 9, 10, 11) for position in range(4)]
@@ -153,4 +154,4 @@ def test_threads_share_a_compiler(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(work, seed) for seed in range(4)]:
             done.result()
-    assert compiler._remembered == sum(one.block.size for one in compiler._compiled.values())
+    assert compiler._memory.num_cells == sum(one.block.size for one in compiler._memory.plans.values())

@@ -1,0 +1,287 @@
+"""From a plan to route-table rows: checked against one model and its policy (`compiled.py` has what comes out).
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout
+from .directive import Directive
+from .errors import RouteError
+from .plan import RoutePlan, parse_plan
+from .policy import RoutePolicy
+from .shape import ModelShape
+
+# Compiled plans are remembered up to this many, and up to this many block entries in all (4 bytes each).
+_REMEMBERED_PLANS = 4096
+_REMEMBERED_CELLS = 1 << 24
+
+
+class _Memory:
+    """The most recent results, by a plan's string and a delta."""
+
+    def __init__(self) -> None:
+        self.plans: OrderedDict[tuple[str | None, tuple[int, ...]], CompiledPlan] = OrderedDict()
+        self.num_cells = 0
+
+    def find(self, key: tuple[str | None, tuple[int, ...]]) -> CompiledPlan | None:
+        """A result, which is the most recent one then."""
+        found = self.plans.get(key)
+        if found is not None:
+            self.plans.move_to_end(key)
+        return found
+
+    def keep(self, key: tuple[str | None, tuple[int, ...]], compiled: CompiledPlan) -> CompiledPlan:
+        """Keep a result, and forget the oldest ones where there are too many."""
+        self.plans[key] = compiled
+        self.num_cells += compiled.block.size
+        while len(self.plans) > _REMEMBERED_PLANS or (self.num_cells > _REMEMBERED_CELLS and len(self.plans) > 1):
+            self.num_cells -= self.plans.popitem(last=False)[1].block.size
+        return compiled
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What holds for one (layer, position) while directives are being gathered."""
+
+    allowed: int
+    force: Directive | None = None
+
+
+class PlanCompiler:
+    """Checks plans against one model and policy and turns them into rows.
+
+    Args:
+        shape: the model.
+        policy: the engine's policy, or None.
+        max_rows: distinct rows that one plan may have: what the route table can hold beside the policy's rows.
+        max_cells: entries that one plan's block may have.
+
+    """
+
+    def __init__(
+        self, shape: ModelShape, policy: RoutePolicy | None = None, max_rows: int = 1 << 30, max_cells: int = 1 << 62
+    ) -> None:
+        if policy is not None:
+            policy.validate(shape)
+        self.shape = shape
+        self.policy = policy
+        self.max_rows = max_rows
+        self.max_cells = max_cells
+        self.layout = RowLayout(shape.num_experts, shape.top_k)
+        self._all = (1 << shape.num_experts) - 1
+        entries = policy.layers if policy else {}
+        self._banned = [_bits(entries[layer].disabled) if layer in entries else 0 for layer in shape.moe_layers]
+        self._protected = [_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
+        self._memory = _Memory()
+        # An engine core compiles in its input thread and looks results up in its main thread.
+        self._lock = threading.RLock()
+
+    def policy_rows(self) -> list[bytes | None]:
+        """Per MoE layer the row of a token without a directive; None where the policy bans nothing."""
+        native = self.policy is not None and self.policy.weights == "native"
+        return [self.layout.mask_row(self._all & ~banned, native) if banned else None for banned in self._banned]
+
+    def compile_text(self, text: str | None, delta: tuple[int, ...] = ()) -> CompiledPlan:
+        """Compile a plan's string and a delta (see `extras.py`); the most recent results are remembered.
+
+        Raises:
+            RouteError: as `compile`, and for a delta that is cut off or forces what the plan forces already.
+
+        """
+        with self._lock:
+            key = (text, delta)
+            compiled = self._memory.find(key)
+            if compiled is not None:
+                return compiled
+            if delta:
+                return self._memory.keep(key, self._extend(self.compile_text(text), delta))
+            return self._memory.keep(key, self.compile(parse_plan(text) if text is not None else RoutePlan()))
+
+    def _extend(self, base: CompiledPlan, delta: tuple[int, ...]) -> CompiledPlan:
+        """`base` with the forces of `delta` on top."""
+        shape, width = self.shape, 2 + self.shape.top_k
+        if len(delta) % width:
+            raise RouteError(f"{len(delta)} integers of delta are no multiple of {width}: layer, position, {shape.top_k} experts")
+        cells: list[tuple[int, int, bytes]] = []
+        seen = set()
+        for at in range(0, len(delta), width):
+            layer, position, experts = delta[at], delta[at + 1], delta[at + 2 : at + width]
+            item = Directive("force", layer, (position,), experts)
+            _check_directive(item, shape)
+            if len(set(experts)) != len(experts):
+                raise RouteError(f"{_where(item)}: an expert is repeated in {list(experts)}")
+            slot = shape.slot_of_layer[layer]
+            held = base.block[slot, base.column(position, position + 1)]
+            cell = _Cell(self._all, item)
+            if held != NO_ROW:
+                flags, allowed = self.layout.read(base.rows[held])
+                if flags & FLAG_FORCED:
+                    raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
+                # The plan's mask already went through the policy; what the policy bans is told apart for the message.
+                cell.allowed = allowed | self._banned[slot]
+            if (layer, position) in seen:
+                raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
+            seen.add((layer, position))
+            content = self._row(slot, position, cell, base.native)
+            assert content is not None
+            cells.append((slot, position, content))
+        digest = hashlib.sha256((base.digest + repr(delta)).encode()).hexdigest()[:32]
+        made = base.with_cells(digest, cells)
+        self._check_size(made.num_listed, len(set(made.rows)))
+        return made
+
+    def _check_size(self, num_listed: int, num_rows: int) -> None:
+        num_layers = len(self.shape.moe_layers)
+        num_cells = (num_listed + 2) * num_layers
+        if num_cells > self.max_cells:
+            raise RouteError(
+                f"the plan spans {num_listed} positions x {num_layers} MoE layers = {num_cells} cells, "
+                f"more than the route table's {self.max_cells}; start the engine with a larger route_table_cells",
+                "table",
+            )
+        if num_rows > self.max_rows:
+            raise RouteError(
+                f"the plan has {num_rows} distinct routes, more than the {self.max_rows} that the route table holds; "
+                "start the engine with a larger route_table_rows",
+                "table",
+            )
+
+    def compile(self, plan: RoutePlan) -> CompiledPlan:
+        """Check `plan` and turn it into rows.
+
+        Raises:
+            RouteError: anything in the plan that the model or the policy does not permit; see `docs/plans.md`.
+
+        """
+        shape = self.shape
+        if plan.model is not None and plan.model != shape.fingerprint:
+            raise RouteError(
+                f"the plan is for model {plan.model}, this engine serves {shape.fingerprint} ({shape.model_type})", "model"
+            )
+        if plan.weights == "native" and not shape.native_weights:
+            raise RouteError(
+                f"weights 'native' do not exist for model_type {shape.model_type!r}: "
+                "its routing function weighs only its own selection"
+            )
+        by_slot: dict[int, tuple[list[Directive], list[Directive]]] = {}
+        num_listed = 0
+        for item in plan.directives:
+            _check_directive(item, shape)
+            spans, listed = by_slot.setdefault(shape.slot_of_layer[item.layer], ([], []))
+            if isinstance(item.positions, str):
+                spans.append(item)
+            else:
+                listed.append(item)
+                num_listed = max(num_listed, max(item.positions) + 1)
+        self._check_size(num_listed, 0)
+
+        native = plan.weights == "native"
+        row_of: dict[bytes, int] = {}
+        block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
+        for slot, (spans, listed) in by_slot.items():
+            prompt, generated = _Cell(self._all), _Cell(self._all)
+            for item in spans:
+                if item.positions in ("prompt", "all"):
+                    self._apply(item, prompt, "prompt")
+                if item.positions in ("generated", "all"):
+                    self._apply(item, generated, "generated")
+            cells: dict[int, _Cell] = {}
+            for item in listed:
+                for position in cast(tuple[int, ...], item.positions):
+                    cell = cells.get(position)
+                    if cell is None:
+                        cell = cells[position] = _Cell(prompt.allowed, prompt.force)
+                    self._apply(item, cell, position)
+            columns: list[tuple[int, object, _Cell]] = [
+                (num_listed, "prompt", prompt),
+                (num_listed + 1, "generated", generated),
+            ]
+            columns += [(position, position, cell) for position, cell in cells.items()]
+            for column, where, cell in columns:
+                content = self._row(slot, where, cell, native)
+                if content is not None:
+                    block[slot, column] = row_of.setdefault(content, len(row_of))
+            untouched = [position for position in range(num_listed) if position not in cells]
+            block[slot, untouched] = block[slot, num_listed]
+        self._check_size(num_listed, len(row_of))
+        return CompiledPlan(plan.digest, tuple(row_of), block, native)
+
+    def _apply(self, item: Directive, cell: _Cell, where: object) -> None:
+        bits = _bits(item.experts)
+        if item.kind == "disable":
+            cell.allowed &= ~bits
+        elif item.kind == "allow":
+            cell.allowed &= bits
+        elif cell.force is not None:
+            raise RouteError(f"layer {item.layer}, {_name(where)}: two forces for one (layer, position)")
+        else:
+            cell.force = item
+
+    def _row(self, slot: int, where: object, cell: _Cell, native: bool) -> bytes | None:
+        """The row of a cell under the policy, None where the plan wants nothing there."""
+        if cell.force is None and cell.allowed == self._all:
+            return None
+        place = f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
+        banned, protected, top_k = self._banned[slot], self._protected[slot], self.shape.top_k
+        chosen = cell.allowed if cell.force is None else _bits(cell.force.experts)
+        if cell.force is not None:
+            if chosen & ~cell.allowed:
+                raise RouteError(f"{place}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
+            if chosen & banned:
+                raise RouteError(
+                    f"{place}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
+                    "policy",
+                )
+        if protected & ~chosen:
+            raise RouteError(
+                f"{place}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
+                "policy",
+            )
+        if cell.force is not None:
+            return self.layout.forced_row(cell.force.experts, cell.force.weights, native)
+        left = cell.allowed & ~banned
+        if left.bit_count() < top_k:
+            # Enough for a plan alone: then it is the policy that takes the rest away.
+            reason = "policy" if cell.allowed.bit_count() >= top_k else "invalid"
+            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
+        return self.layout.mask_row(left, native)
+
+
+def _check_directive(item: Directive, shape: ModelShape) -> None:
+    if item.layer not in shape.slot_of_layer:
+        raise RouteError(f"layer {item.layer} has no experts; MoE layers are {shape.describe_layers()}")
+    if max(item.experts) >= shape.num_experts:
+        expert = next(expert for expert in item.experts if expert >= shape.num_experts)
+        raise RouteError(
+            f"{_where(item)}: expert {expert} is out of range for {shape.num_experts} experts (0-{shape.num_experts - 1})"
+        )
+    if item.kind == "force" and len(item.experts) != shape.top_k:
+        raise RouteError(f"{_where(item)}: {len(item.experts)} forced experts, exactly top_k {shape.top_k} are needed")
+
+
+def _bits(experts: frozenset[int] | tuple[int, ...]) -> int:
+    return sum(1 << expert for expert in experts)
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _name(where: object) -> str:
+    return f"position {where}" if isinstance(where, int) else f"positions {where!r}"
+
+
+def _where(item: Directive) -> str:
+    positions = item.positions
+    if not isinstance(positions, str) and len(positions) == 1:
+        return f"layer {item.layer}, position {positions[0]}"
+    return f"layer {item.layer}, positions {positions if isinstance(positions, str) else list(positions[:8])}"
