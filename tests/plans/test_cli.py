@@ -237,3 +237,26 @@ def test_the_compiler_and_the_kernels_agree_on_a_row():
     mask[sorted(allowed)] = True
     assert row[1 : 1 + layout.num_words].tolist() == spec.pack_allowed(mask).tolist()
     assert row[0] == spec.FLAG_NATIVE_WEIGHTS
+
+
+@pytest.mark.parametrize(("command", "option"), [("derive-policy", "--policy"), ("evaluate", "--server")])
+def test_no_option_is_shown_that_is_refused(command, option, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"{option} " not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(
+            [
+                command,
+                "--model",
+                "lab",
+                "--data",
+                "lab:test",
+                "--out",
+                "x",
+                option,
+                "x",
+                *(["x"] if command == "derive-policy" else []),
+            ]
+        )
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err

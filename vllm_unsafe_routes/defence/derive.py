@@ -222,17 +222,19 @@ def _prepared(
     known = {item.prompt.id: item for group in (items, *rendered.values()) for item in group}
     bench = replace(bench, judge=judge_of(workspace.model, workspace.judge, known))
     arena = Arena(bench, settings=AttackSettings(fsour=_fsour(study)))
+    attacks: dict[str, Sequence[int]] = {"fsour-adaptive": study.seeds}
+    opened: list[Item] = []
     # One seed for each of a prompt's suffixes.
     seeds = [seed + 1000 * number for seed in study.seeds for number in range(study.suffixes)]
-    opened: list[Item] = []
-    if study.replay_suffixes:
+    if study.replay_suffixes and seeds:
+        attacks["suffix-transfer"] = seeds
         found = kept(campaign, "suffixes", lambda: _find_suffixes(arena, items, seeds)).found
         suffixes = {(seed, prompt): words for seed, prompt, words, _ in found}
         opening = {(seed, prompt) for seed, prompt, _, success in found if success}
         keys = [(item, (seed, item.prompt.id)) for item in items for seed in seeds]
         opened = [arena.with_suffix(item, suffixes[key]) for item, key in keys if key in opening]
         arena = replace(arena, suffixes=suffixes)
-    return Trials(campaign, arena, items, rendered, (study.seeds, seeds), study.budget, say), opened
+    return Trials(campaign, arena, items, rendered, attacks, study.budget, say), opened
 
 
 def _find_suffixes(arena: Arena, items: Sequence[Item], seeds: Sequence[int]) -> Suffixes:

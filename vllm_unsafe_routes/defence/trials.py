@@ -96,7 +96,7 @@ class Trials:
         arena: an engine without a policy, and the suffixes to replay, if any.
         items: prompts that attacks are made on.
         harmless: those that utility is measured on, by kind.
-        seeds: of F-SOUR, and of the replayed suffixes.
+        seeds: attack -> its seeds; the attacks that a candidate faces.
         budget: what a candidate may cost.
         say: gets one line a candidate.
 
@@ -108,7 +108,7 @@ class Trials:
         arena: Arena,
         items: Sequence[Item],
         harmless: Mapping[str, Sequence[Item]],
-        seeds: tuple[Sequence[int], Sequence[int]],
+        seeds: Mapping[str, Sequence[int]],
         budget: Budget,
         say: Callable[[str], None],
     ) -> None:
@@ -136,7 +136,7 @@ class Trials:
             arena = replace(self.arena, bench=bench)
             measured = utility_rates(bench, self.harmless)
             if is_attacked(measured):
-                for attack, seeds in zip(_ATTACKS if arena.suffixes else _ATTACKS[:1], self.seeds, strict=False):
+                for attack, seeds in self.seeds.items():
                     measured[attack] = success_rate(attack, arena, self.items, seeds)
             rounded = {kind: round(value, 4) for kind, value in measured.items()}
             return Candidate(name=name, policy=policy.to_dict(), measured=rounded)
