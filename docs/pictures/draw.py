@@ -72,6 +72,7 @@ def run_lab() -> tuple[list[str], Response, Response, list[str]]:
     from vllm_unsafe_routes.search.backend import Request, Search, run_search
     from vllm_unsafe_routes.study.bench import open_backend
     from vllm_unsafe_routes.study.model import LAB, Model
+    from vllm_unsafe_routes.study.settings import EngineSettings
 
     model = Model(LAB)
     token_ids = model.encode_chat(QUESTION)
@@ -81,7 +82,7 @@ def run_lab() -> tuple[list[str], Response, Response, list[str]]:
         extras = [RouteExtras(text, wants_routes=True) for text in (None, plan.to_string())]
         return (yield [Request(token_ids, one, 32, model.stop_token_ids) for one in extras])
 
-    with open_backend(model, dtype="float32") as backend:
+    with open_backend(model, EngineSettings(dtype="float32")) as backend:
         before, after = run_search(backend, both())
     tokens = [model.tokenizer.decode([token]) for token in token_ids]
     return tokens, before, after, [model.decode(one.token_ids) for one in (before, after)]

@@ -23,6 +23,7 @@ from vllm_unsafe_routes.study import judges, workspace
 from vllm_unsafe_routes.study.campaign import Campaign, read_settings
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
+from vllm_unsafe_routes.study.settings import JudgeSettings
 
 pytestmark = pytest.mark.v1_only
 
@@ -369,9 +370,8 @@ def test_the_judge_gets_its_key_and_no_more_than_its_share(capsys, tmp_path, sha
 
     model = Model("lab")
     items = {item.prompt.id: item for item in map(model.item, read_prompts("lab:search", 1))}
-    verdict = judges.judge_of(
-        model, EndpointJudge(server.url, "m", judges.make_judge(*[str(arguments[1])], url=server.url, model="m").template), items
-    )
+    template = judges.make_judge(str(arguments[1]), JudgeSettings(url=server.url, model="m")).template
+    verdict = judges.judge_of(model, EndpointJudge(server.url, "m", template), items)
     prompt = next(iter(items.values())).prompt
     server.most = 0
     with concurrent.futures.ThreadPoolExecutor(32) as pool:

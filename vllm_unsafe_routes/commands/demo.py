@@ -43,6 +43,9 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+ENGINE = EngineSettings(dtype="float32")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One study of the demo.
@@ -64,7 +67,7 @@ def steps_of(out: Path, prompts: int, seeds: str) -> list[Step]:
     common = ["--model", LAB, "--dtype", "float32"]
     judged = [*common, "--max-new-tokens", "32", "--seeds", seeds]
     search, test = (["--data", f"lab:{split}", "--limit", str(prompts)] for split in ("search", "test"))
-    shared: dict[str, Any] = {"model": LAB, "limit": prompts, "engine": EngineSettings(dtype="float32")}
+    shared: dict[str, Any] = {"model": LAB, "limit": prompts, "engine": ENGINE}
     attacked = {**shared, "data": "lab:test", "seeds": seeds_of(seeds), "judging": JudgeSettings(max_new_tokens=32)}
     steps = [
         Step(
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     announce("The model: which layers route, how many experts a token gets", ["inspect", model.path])
     print(show.facts(show.facts_of(model.shape), model.shape))
     print("\nStarting the vLLM engine ...", flush=True)
-    with open_backend(model, dtype="float32") as backend:
+    with open_backend(model, ENGINE) as backend:
         found = {step.study.out.name: run_step(step, backend) for step in steps}
         show_example(model, backend, args.out / "fsour-adaptive", args.prompts)
     folders = [step.study.out for step in steps]

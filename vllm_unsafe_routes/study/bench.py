@@ -12,10 +12,10 @@ from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.judges import EXACT_LABELS, Verdict
-from ..policy import RoutePolicy
 from ..search.backend import Backend
 from .model import Model
 from .records import Judged
+from .settings import EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,22 @@ class Bench:
 
 
 @contextmanager
-def open_backend(
-    model: Model,
-    *,
-    servers: Sequence[str] = (),
-    policy: RoutePolicy | None = None,
-    jitter: Mapping[str, Any] | None = None,
-    max_model_len: int | None = None,
-    dtype: str = "auto",
-    engine_args: Mapping[str, Any] | None = None,
-) -> Iterator[Backend]:
-    """An engine in this process, or the given servers, as a backend; ended with the context."""
-    if servers:
+def open_backend(model: Model, engine: EngineSettings, jitter: Mapping[str, Any] | None = None) -> Iterator[Backend]:
+    """An engine in this process, or servers, as a backend; ended with the context.
+
+    Args:
+        model: the model.
+        engine: where requests run.
+        jitter: noise on router logits, as the engine's setting of that name; not for servers.
+
+    Raises:
+        RouteError: the engine did not start, or a server cannot be used.
+
+    """
+    if engine.servers:
         from ..search.http import HttpBackend
 
-        http = HttpBackend(servers, model.path, policy)
+        http = HttpBackend(engine.servers, model.path, engine.policy)
         try:
             yield http
         finally:
@@ -74,11 +75,11 @@ def open_backend(
     try:
         llm = launch(
             model.path,
-            policy=None if policy is None else policy.to_dict(),
+            policy=None if engine.policy is None else engine.policy.to_dict(),
             jitter=jitter,
-            max_model_len=max_model_len,
-            dtype=dtype,
-            engine_args=engine_args,
+            max_model_len=engine.max_model_len,
+            dtype=engine.dtype,
+            engine_args=engine.arguments,
         )
     except RouteError:
         raise

@@ -9,6 +9,7 @@ from ..errors import RouteError
 from ..evaluation.judges import EndpointJudge, ExactJudge, Judge, JudgeItem, RefusalPhraseJudge, Verdict
 from ..search.rosais import Prompt
 from .model import LAB, Item, Model
+from .settings import JudgeSettings
 
 
 def lab_judge() -> ExactJudge:
@@ -27,17 +28,12 @@ def lab_judge() -> ExactJudge:
     return ExactJudge(lambda goal, completion: language.judge(known[goal], completion), "lab-exact")
 
 
-def make_judge(
-    name: str, *, url: str | None = None, model: str | None = None, key_env: str | None = None, timeout: float = 60.0
-) -> Judge:
+def make_judge(name: str, settings: JudgeSettings) -> Judge:
     """A judge by name: `lab`, `refusal`, or a template file for a judge model behind an OpenAI-compatible endpoint.
 
     Args:
         name: the judge's.
-        url: the endpoint, up to and including `/v1`.
-        model: the judge model's name there.
-        key_env: environment variable with the endpoint's key; None: it needs none.
-        timeout: seconds for one try at the endpoint.
+        settings: the endpoint.
 
     Raises:
         RouteError: an unknown name, a template without an endpoint, an environment variable that is not set.
@@ -49,11 +45,11 @@ def make_judge(
         return RefusalPhraseJudge()
     if not Path(name).exists():
         raise RouteError(f"judge {name!r} is not lab, refusal or an existing template file")
-    if url is None or model is None:
+    if settings.url is None or settings.model is None:
         raise RouteError(f"judge template {name} needs --judge-url and --judge-model")
     from ..evaluation.templates import load_template
 
-    return EndpointJudge(url, model, load_template(name), api_key_env=key_env, timeout=timeout)
+    return EndpointJudge(settings.url, settings.model, load_template(name), api_key_env=settings.key_env, timeout=settings.timeout)
 
 
 def judge_of(model: Model, judge: Judge, items: Mapping[str, Item]) -> Callable[[Prompt, tuple[int, ...]], Verdict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ..errors import RouteError
@@ -40,14 +41,8 @@ class Workspace:
         self.wrapper = Wrapper("system", setup.system) if setup.system else NO_WRAPPER
         self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories)
         self.items = self.render(self.records)
-        judging = setup.judging
-        self.judge: Judge = make_judge(
-            judging.name or (LAB if setup.data.startswith("lab:") else "refusal"),
-            url=judging.url,
-            model=judging.model,
-            key_env=judging.key_env,
-            timeout=judging.timeout,
-        )
+        judge = setup.judging.name or (LAB if setup.data.startswith("lab:") else "refusal")
+        self.judge: Judge = make_judge(judge, setup.judging)
         self._backend = backend
 
     def render(self, records: Sequence[PromptRecord], wrapper: Wrapper | None = None) -> list[Item]:
@@ -95,15 +90,7 @@ class Workspace:
             yield self._bench(self._backend)
             return
         engine = self.setup.engine
-        with open_backend(
-            self.model,
-            servers=engine.servers,
-            policy=policy or engine.policy,
-            jitter=jitter,
-            max_model_len=engine.max_model_len,
-            dtype=engine.dtype,
-            engine_args=engine.arguments,
-        ) as backend:
+        with open_backend(self.model, replace(engine, policy=policy or engine.policy), jitter) as backend:
             yield self._bench(backend)
 
     def _bench(self, backend: Backend) -> Bench:
