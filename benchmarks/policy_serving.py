@@ -59,9 +59,9 @@ class Server:
         with log.open("w") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env})
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         """Until it answers, and what it answers says that it runs what it should."""
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + seconds
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server of variant {self.variant} did not start:\n{self.log.read_text()[-3000:]}")
@@ -154,14 +154,16 @@ def main() -> int:
     layers = {str(layer): {"disabled": BANNED} for layer in range(config["num_hidden_layers"])}
     policy.write_text(json.dumps({"version": "route-policy/1", "layers": layers}))
     about = dict(zip(("requests", "concurrency", "prompt_tokens", "generated_tokens"), load, strict=True))
+    # The engine in a process of its own, as a server has it.
+    env = engine_environment(run, v2=False) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with contextlib.ExitStack() as stack:
         servers = {}
         for variant in VARIANTS:
             log = run.scratch / f"policy-serving-{variant}.log"
-            servers[variant] = Server(model, variant, policy, log, engine_environment(run, v2=False))
+            servers[variant] = Server(model, variant, policy, log, env)
             stack.callback(servers[variant].close)
         for server in servers.values():
-            server.wait()
+            server.wait(run.left)
             run_load(server, model, load, seed=0)
             results.step("server ready", variant=server.variant)
         for number in rounds(2 if run.rehearse else run.rounds, run.deadline):
