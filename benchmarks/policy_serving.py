@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ class Server:
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server of variant {self.variant} did not start:\n{self.log.read_text()[-3000:]}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            with contextlib.suppress(OSError):  # not there yet, or too busy to answer
                 urllib.request.urlopen(f"{self.url}/health", timeout=2)
                 break
             time.sleep(0.5)
