@@ -43,14 +43,28 @@ def prompt():
 
 
 @pytest.fixture(scope="module")
-def guarded(tiny_model, tmp_path_factory):
+def started(tiny_model, tmp_path_factory):
     """A server with a policy and with overrides."""
     folder = tmp_path_factory.mktemp("server")
     policy = folder / "policy.json"
     policy.write_text(json.dumps(POLICY))
     flags = ("--route-policy", str(policy), "--enable-route-overrides", "--additional-config")
-    with server(tiny_model("olmoe"), folder / "log.txt", *flags, '{"unsafe_routes": {"route_table_rows": 40}}') as started:
-        yield started.client
+    settings = '{"unsafe_routes": {"route_table_rows": 40}}'
+    with server(tiny_model("olmoe"), folder / "log.txt", *flags, settings, VLLM_LOGGING_LEVEL="INFO") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def guarded(started):
+    """Its client."""
+    return started.client
+
+
+def test_the_engine_s_process_says_that_routes_are_controlled(started):
+    """The sign of life that README tells users to look for, among vLLM's own lines and in their form."""
+    (line,) = [line for line in started.log.read_text().splitlines() if "Route control: " in line]
+    assert "INFO" in line and "APIServer" not in line
+    assert "3 MoE layers bound (3 here), 16 experts, top 4, policy " in line and "(enforce), overrides on" in line
 
 
 def test_a_plan_is_accepted_and_has_a_receipt(guarded, prompt):

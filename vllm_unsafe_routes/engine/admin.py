@@ -20,15 +20,15 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
-from vllm.logger import init_logger
 
 from ..errors import RouteError
 from ..policy import POLICY_MODES, RoutePolicy
 from .config import route_config
+from .log import logger_of
 from .plugin import OFF_SWITCH, is_registered, monitor_of
 from .swap import BAD_POLICY, REPLACE_METHOD, STATUS_METHOD, SwapError, checked
 
-logger = init_logger(__name__)
+logger = logger_of(__name__)
 
 TOKEN_ENV = "VLLM_UNSAFE_ROUTES_ADMIN_TOKEN"
 PATH = "/unsafe-routes/policy"

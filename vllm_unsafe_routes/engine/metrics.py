@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter, Gauge
-from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..errors import REASONS
 from ..policy import POLICY_MODES, ActivePolicy
 from .frontend import PlanGuard, plan_guard
+from .log import logger_of
 from .swap import STATUS_METHOD
 
-logger = init_logger(__name__)
+logger = logger_of(__name__)
 
 POLL_SECONDS = 1.0
 # vLLM drops collectors with this prefix when a new engine is made in the same process, so that ours are made anew as well.

@@ -7,7 +7,6 @@ nothing heavy: vLLM logs and then ignores a plugin that fails to import, which w
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
 import threading
@@ -18,13 +17,14 @@ OFF_SWITCH = "VLLM_UNSAFE_ROUTES_DISABLE"
 _MARK = "__unsafe_routes_wrapped__"
 # The engine core's input thread and its own may both be the first to ask for the admission.
 _admission_lock = threading.Lock()
-logger = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Make vLLM route-aware in this process; a second call does nothing."""
     if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
-        logger.warning("%s is set: no route policy and no override is in force in this process", OFF_SWITCH)
+        from .log import logger_of
+
+        logger_of(__name__).warning("%s is set: no route policy and no override is in force in this process", OFF_SWITCH)
         return
     from . import symbols
 

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
@@ -30,9 +29,10 @@ from ..errors import RouteError
 from ..policy import ActivePolicy, RoutePolicy
 from ..receipt import RECEIPT_KEY
 from .frontend import plan_guard
+from .log import logger_of
 from .progress import RouteCounts
 
-logger = init_logger(__name__)
+logger = logger_of(__name__)
 
 REPLACE_METHOD = "unsafe_routes_replace_policy"
 STATUS_METHOD = "unsafe_routes_status"

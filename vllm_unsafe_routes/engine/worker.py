@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from ..compiled import NO_ROW
 from ..errors import RouteError
@@ -24,6 +23,7 @@ from .counts import PolicyCounts
 from .cpu_shared_rows import SharedRows, can_share_rows
 from .device_table import DeviceTable
 from .jitter import LogitJitter
+from .log import logger_of
 from .policy_rows import PolicyRows
 from .progress import RouteCounts, StepProgress, StepReport
 from .router import RouterHooks, RouterState, Routing, bind_routers, controllers
@@ -32,7 +32,7 @@ from .scoring import Scoring
 from .step import NO_PLAN_SLOT, NO_STEP, Requests, Resident
 from .supported import check_supported
 
-logger = init_logger(__name__)
+logger = logger_of(__name__)
 
 _handles = itertools.count()
 
