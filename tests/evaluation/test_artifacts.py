@@ -147,6 +147,6 @@ def test_bad_input(call, message):
 def test_importing_needs_neither_torch_nor_vllm_nor_the_optional_libraries():
     code = (
         "import sys, vllm_unsafe_routes.evaluation; "
-        "print(sorted({'torch', 'vllm', 'httpx', 'yaml', 'datasets', 'scipy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'vllm', 'httpx', 'openai', 'yaml', 'datasets', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -232,6 +233,14 @@ def test_an_error_that_is_no_verdict_does_not_wait_for_retries(server):
         endpoint(server, Template("plain", "yes_no", "{response}")).judge([item("busy"), item("yes"), item("busy")])
     assert time.monotonic() - began < 12
     assert server.counts["busy"] <= 2
+
+
+@pytest.mark.parametrize("missing", ["openai", "httpx"])
+def test_the_client_that_is_missing_is_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "vllm_unsafe_routes.evaluation.endpoint", raising=False)
+    with pytest.raises(RouteError, match=r"needs the 'openai' library; install vllm-unsafe-routes\[judge\]"):
+        EndpointJudge("http://localhost/v1", "toy-judge", YES_NO)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/chat/completions"])
