@@ -28,7 +28,7 @@ def run(snippet: str, folder: Path) -> list[str]:
     command = [sys.executable, str(folder / "snippet.py")]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [line for line in done.stdout.splitlines() if line and not line.startswith("(")]
+    return [line.strip() for line in done.stdout.splitlines() if line and not line.startswith("(")]
 
 
 def test_a_plan_turns_a_refusal(tmp_path):
