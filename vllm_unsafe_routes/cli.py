@@ -26,7 +26,7 @@ in order:
   a defence     derive-policy, then evaluate (docs/defence.md)
   serving it    vLLM's server with --route-policy (docs/serving.md)
 
-Each command has an example at the end of its --help. An interrupted run goes on with the same command.
+Most commands have an example at the end of their --help. An interrupted run goes on with the same command.
 """
 
 
