@@ -32,12 +32,16 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-from vllm_unsafe_routes.engine import doctor, plugin
+from vllm_unsafe_routes.engine import on_meta, plugin
 from vllm_unsafe_routes.engine.router import moe_runners
 from vllm_unsafe_routes.errors import RouteError
 
 SECONDS = 180
 _OVERRIDES = {"allow_overrides": True}
+
+
+class NoConfigError(Exception):
+    """The architecture's config is nowhere to be had."""
 
 
 def defaults(model_type: str) -> dict[str, Any]:
@@ -62,11 +66,16 @@ def config_of(architecture: str) -> dict[str, Any]:
         if model_type not in _CONFIG_REGISTRY and model_type not in CONFIG_MAPPING:
             _CONFIG_REGISTRY[model_type] = type("ByHand", (PretrainedConfig,), {"model_type": model_type})
     elif architecture in configs.WITHOUT_CONFIG:
-        raise LookupError("its config class is code in the checkpoint")
+        raise NoConfigError("its config class is code in the checkpoint")
     else:
         model_type, extra = configs.BY_CLASS[architecture]
         config = configs.overlay(defaults(model_type), extra)
     return {**filled(config), "model_type": model_type, "architectures": [architecture]}
+
+
+def distinct(values: Sequence[str]) -> str:
+    """Distinct values in order of appearance."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def examine(architecture: str) -> dict[str, Any]:
@@ -78,16 +87,16 @@ def examine(architecture: str) -> dict[str, Any]:
             model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=256
         ).create_engine_config()
         with NoDeviceMemory():
-            model = doctor.build_on_meta(vllm_config)
+            model = on_meta.build_on_meta(vllm_config)
     runners = [runner for _, runner in moe_runners(model)]
     row = {
         "model_type": config["model_type"],
         "moe_layers": len(runners),
-        "router": doctor.names([type(runner.router).__name__ for runner in runners]),
-        "experts": doctor.names([doctor.experts_of(runner) for runner in runners]),
+        "router": distinct([type(runner.router).__name__ for runner in runners]),
+        "experts": distinct([on_meta.experts_of(runner) for runner in runners]),
     }
     try:
-        doctor.bind(model, vllm_config, _OVERRIDES)
+        on_meta.bind(model, vllm_config, _OVERRIDES)
     except RouteError as error:
         return {**row, "verdict": "refused", "why": str(error)}
     return {**row, "verdict": "bound"}
@@ -102,6 +111,8 @@ def row_of(architecture: str) -> dict[str, Any]:
         signal.alarm(SECONDS)
         try:
             row = examine(architecture)
+        except NoConfigError as error:
+            row = {"verdict": "not built", "why": str(error)}
         except Exception as error:  # whatever a model's code raises is the row's reason
             if "--trace" in sys.argv:
                 traceback.print_exc()

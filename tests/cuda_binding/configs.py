@@ -162,7 +162,10 @@ BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DeepseekV41ForCausalLM": ("deepseek_v41", {"text_config": {FROM_CLASS: "deepseek_v4", "mlp_layer_types": None}}),
     "Ernie4_5_MoeForCausalLM": ("ernie4_5_moe", {}),
-    "Ernie4_5_VLMoeForConditionalGeneration": ("ernie4_5_vl_moe", {"vision_config": dict(embed_dim=1280, mlp_ratio=4)}),
+    "Ernie4_5_VLMoeForConditionalGeneration": (
+        "ernie4_5_vl_moe",
+        {"pixel_hidden_size": 1280, "vision_config": dict(embed_dim=1280, mlp_ratio=4)},
+    ),
     "ExaoneMoeForCausalLM": ("exaone_moe", {}),
     "ExaoneMoEForCausalLM": ("exaone_moe", {}),
     "FlexOlmoForCausalLM": ("flex_olmo", {}),
@@ -175,10 +178,13 @@ BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
     "Glm4MoeLiteForCausalLM": ("glm4_moe_lite", dict(first_k_dense_replace=1)),
     "Glm4vMoeForConditionalGeneration": ("glm4v_moe", {"text_config": dict(head_dim=128, use_qk_norm=False)}),
     "GlmMoeDsaForCausalLM": ("glm_moe_dsa", {}),
-    "Glm5NextForCausalLM": ("glm5_next_text", dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True)),
+    "Glm5NextForCausalLM": (
+        "glm5_next_text",
+        dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True, topk_method="noaux_tc"),
+    ),
     "Glm5NextForConditionalGeneration": (
         "glm5_next",
-        {"text_config": dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True)},
+        {"text_config": dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True, topk_method="noaux_tc")},
     ),
     "GptOssForCausalLM": ("gpt_oss", {}),
     "GraniteMoeForCausalLM": ("granitemoe", {}),

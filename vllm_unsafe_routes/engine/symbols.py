@@ -35,6 +35,19 @@ class Symbol:
             owner = getattr(owner, parent)
         return owner, name, inspect.getattr_static(owner, name)
 
+    def misfit(self) -> str | None:
+        """Why the installed vLLM does not have this symbol as the wrapper relies on it; None: it has."""
+        name = f"{self.module}.{self.path}"
+        try:
+            _, _, stored = self.resolve()
+        except (ImportError, AttributeError) as error:
+            return f"{name} is missing ({error}); it is needed to {self.why}"
+        function = inspect.unwrap(getattr(stored, "__func__", stored))
+        names = tuple(inspect.signature(function).parameters)
+        if names[: len(self.parameters)] == self.parameters:
+            return None
+        return f"{name} takes {names}, expected {self.parameters}; it is needed to {self.why}"
+
     def add(self, method: Any) -> None:
         """Make `method` what this symbol names, for one of `ADDED`."""
         module, (owner, name) = importlib.import_module(self.module), self.path.split(".")
@@ -154,16 +167,5 @@ def unsupported_reason() -> str | None:
     if release not in SUPPORTED_VLLM:
         supported = ", ".join(".".join(map(str, item)) for item in SUPPORTED_VLLM)
         return f"vLLM {version} is not supported by vllm-unsafe-routes (supported: {supported})"
-    for symbol in SYMBOLS:
-        try:
-            _, _, stored = symbol.resolve()
-        except (ImportError, AttributeError) as error:
-            return f"vLLM {version}: {symbol.module}.{symbol.path} is missing ({error}); it is needed to {symbol.why}"
-        function = inspect.unwrap(getattr(stored, "__func__", stored))
-        names = tuple(inspect.signature(function).parameters)
-        if names[: len(symbol.parameters)] != symbol.parameters:
-            return (
-                f"vLLM {version}: {symbol.module}.{symbol.path} takes {names}, expected {symbol.parameters}; "
-                f"it is needed to {symbol.why}"
-            )
-    return None
+    misfits = (misfit for symbol in SYMBOLS if (misfit := symbol.misfit()) is not None)
+    return next((f"vLLM {version}: {misfit}" for misfit in misfits), None)
