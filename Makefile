@@ -14,6 +14,8 @@ help:
 	@echo "make test       the test suite: plans, kernels, engine on both runners, search, lab (two groups at a time)"
 	@echo "make test-fast  what needs no engine: plans, commands, judges, reports, campaigns (under a minute)"
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
+	@echo "make test-cuda-binding  every MoE architecture of vLLM's CUDA builds, bound without a GPU (Python 3.12, 10 GB of downloads"
+	@echo "                and disk, half an hour); make cuda-binding rewrites the table instead of comparing it"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
@@ -108,5 +110,43 @@ gpu-archive: setup
 pictures: setup
 	$(ENV) $(BIN)/python docs/pictures/draw.py
 
+# vLLM's real CUDA platform without a GPU: torch for CUDA and the CUDA wheels of both releases (8 GB), NVML and the driver faked.
+# vLLM is unpacked, not installed, so that both releases share one environment; its pins of torch and Triton are those of newer
+# drivers, and nothing is computed here.
+PYTHON312 ?= python3.12
+CUDA_VENV := .venv-cuda
+CUDA_RELEASES := 0.32.0 0.33.0
+CUDA_STAMP := $(CUDA_VENV)/.ready
+.PHONY: setup-cuda-binding test-cuda-binding cuda-binding
+
+setup-cuda-binding: $(CUDA_STAMP)
+
+$(CUDA_STAMP): requirements/cuda-binding.txt requirements/engine-cpu.txt tests/cuda_binding/libcuda.c pyproject.toml setup.py
+	$(PYTHON312) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install -q -r requirements/cuda-binding.txt
+	$(CUDA_VENV)/bin/pip install -q --no-deps flashinfer-python==0.7.0.post1 quack-kernels==0.6.5 tilelang==0.1.12
+	$(CUDA_VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(CUDA_VENV)/lib/libcuda.so.1 tests/cuda_binding/libcuda.c
+	for release in $(CUDA_RELEASES); do \
+	  $(CUDA_VENV)/bin/pip download -q --no-deps --only-binary=:all: -d $(CUDA_VENV)/wheels vllm==$$release && \
+	  $(CUDA_VENV)/bin/python -m zipfile -e $(CUDA_VENV)/wheels/vllm-$$release-*.whl $(CUDA_VENV)/vllm-$$release || exit 1; \
+	done
+	touch $@
+
+CUDA_ROWS := $(CUDA_RELEASES:%=$(CUDA_VENV)/rows-%)
+.PHONY: $(CUDA_ROWS)
+
+$(CUDA_ROWS): $(CUDA_VENV)/rows-%: setup-cuda-binding
+	$(ENV) LD_LIBRARY_PATH=$(CUDA_VENV)/lib PYTHONPATH=$(CUDA_VENV)/vllm-$* \
+	  $(CUDA_VENV)/bin/python tests/cuda_binding/architectures.py >$@.part 2>$(CUDA_VENV)/rows.log
+	mv $@.part $@
+
+test-cuda-binding: $(CUDA_ROWS)
+	$(BIN)/python tests/cuda_binding/table.py --check $(foreach release,$(CUDA_RELEASES),$(release)=$(CUDA_VENV)/rows-$(release))
+
+# Rewrites vllm_unsafe_routes/architectures.json and the table in docs/models.md.
+cuda-binding: $(CUDA_ROWS)
+	$(BIN)/python tests/cuda_binding/table.py $(foreach release,$(CUDA_RELEASES),$(release)=$(CUDA_VENV)/rows-$(release))
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)

@@ -9,5 +9,7 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["vllm_unsafe_routes", "vllm_unsafe_routes.*"]), "vllm_unsafe_routes.kernels"],
     package_dir={"vllm_unsafe_routes.kernels": "kernels"},
-    package_data={"vllm_unsafe_routes": ["py.typed", "lab/model/*", "report/page.css", "report/page.html.jinja"]},
+    package_data={
+        "vllm_unsafe_routes": ["py.typed", "architectures.json", "lab/model/*", "report/page.css", "report/page.html.jinja"]
+    },
 )

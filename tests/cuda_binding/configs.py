@@ -121,7 +121,10 @@ _DEEPSEEK_V2 = {
 # The OCR models' text part has plain attention.
 _DEEPSEEK_OCR = {**_DEEPSEEK_V2, "use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0}
 _MOONDREAM = {"config": {"text": {"n_layers": NUM_LAYERS, "moe": {"start_layer": 1}}, "vision": {"enc_n_layers": 2}}}
+_GLM5_NEXT = dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True, topk_method="noaux_tc", scoring_func="sigmoid")
 _STEP5 = dict(
+    num_attention_heads=32,
+    head_dim=128,
     use_moe=True,
     moe_layers_enum="1,2,3",
     sparse_config=dict(index_tp_size=8),
@@ -180,11 +183,11 @@ BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
     "GlmMoeDsaForCausalLM": ("glm_moe_dsa", {}),
     "Glm5NextForCausalLM": (
         "glm5_next_text",
-        dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True, topk_method="noaux_tc"),
+        _GLM5_NEXT,
     ),
     "Glm5NextForConditionalGeneration": (
         "glm5_next",
-        {"text_config": dict(mhc=False, mla_use_nope=True, indexer_rope_interleave=True, topk_method="noaux_tc")},
+        {"text_config": _GLM5_NEXT},
     ),
     "GptOssForCausalLM": ("gpt_oss", {}),
     "GraniteMoeForCausalLM": ("granitemoe", {}),
@@ -236,7 +239,12 @@ BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3NextForCausalLM": ("qwen3_next", {}),
     "Qwen3OmniMoeForConditionalGeneration": (
         "qwen3_omni_moe",
-        {"thinker_config": {"vision_config": dict(image_size=768, apply_vit_abs_pos_embed=True)}},
+        {
+            "thinker_config": {
+                "text_config": dict(tie_word_embeddings=False),
+                "vision_config": dict(image_size=768, apply_vit_abs_pos_embed=True),
+            }
+        },
     ),
     "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl_moe", {"text_config": dict(norm_topk_prob=True)}),
     "Qwen3_5MoeForCausalLM": ("qwen3_5_moe_text", {}),
@@ -251,10 +259,13 @@ BY_CLASS: dict[str, tuple[str, dict[str, Any]]] = {
         "step3_vl",
         {"text_config": dict(moe_layers_enum="1,2,3", architectures=["Step3TextForCausalLM"])},
     ),
-    "Step3p5ForCausalLM": ("step3p5", dict(use_moe_router_bias=True, need_fp32_gate=True)),
+    "Step3p5ForCausalLM": ("step3p5", dict(use_moe_router_bias=True, need_fp32_gate=True, norm_expert_weight=True)),
     "Step3p7ForConditionalGeneration": (
         "step3p7",
-        {"vision_config": dict(output_dim=None), "text_config": dict(use_moe_router_bias=True, need_fp32_gate=True)},
+        {
+            "vision_config": dict(output_dim=None),
+            "text_config": dict(use_moe_router_bias=True, need_fp32_gate=True, norm_expert_weight=True),
+        },
     ),
     "Step5ForCausalLM": ("step5", _STEP5),
     "Step5ForConditionalGeneration": ("step5_vl", {"text_config": dict(_STEP5, architectures=["Step5ForCausalLM"])}),

@@ -29,6 +29,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # module, the longest counts.
 LAYERS = (
     ("errors", "files"),
+    ("architectures",),
     ("shape", "directive", "wire", "jitter", "plan", "policy", "extras", "receipt", "compiled", "compiler", "table", "kernels"),
     ("search.backend", "evaluation", "lab"),
     ("search", "engine"),

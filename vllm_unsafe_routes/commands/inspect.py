@@ -1,4 +1,4 @@
-"""`unsafe-routes inspect`: a model's MoE layers, and whether a plan or a policy fits them."""
+"""`unsafe-routes inspect`: a model's MoE layers, what becomes of them under vLLM, and whether a plan or a policy fits them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import architectures
 from ..errors import RouteError
+from ..lab import model_path
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
 from ..shape import ModelShape
+from ..study.model import LAB
 from . import show
 
 
@@ -22,7 +25,13 @@ def add(commands: Any) -> None:
         description="Reads the model's config.json only; needs neither weights nor vLLM. "
         "Exit status 1: the plan or policy does not fit.",
     )
-    parser.add_argument("model", type=Path, help="a Hugging Face folder, or a config.json")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "model", type=Path, nargs="?", help="a Hugging Face folder, a config.json, or 'lab': the model that ships with this package"
+    )
+    subject.add_argument(
+        "--architectures", action="store_true", help="print what becomes of every MoE architecture that vLLM registers, and why"
+    )
     parser.add_argument("--plan", type=Path, help="a file with a plan: route-plan/1 JSON, or the string that a request carries")
     parser.add_argument("--policy", type=Path, help="a route-policy/1 file; a plan is then checked under it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -33,17 +42,18 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..compiler import PlanCompiler
 
-    path = args.model / "config.json" if args.model.is_dir() else args.model
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RouteError(f"model config {path} cannot be read: {error}") from None
-    if isinstance(config, dict):
-        config = config.get("text_config", config)
-    if not isinstance(config, dict):
-        raise RouteError(f"model config {path} is not a JSON object")
-    shape = ModelShape.from_hf_config(config)
+    if args.architectures:
+        table = architectures.load()
+        print(json.dumps(table) if args.json else architectures.text(table))
+        return 0
+    config = _read_config(args.model)
+    text_config = config.get("text_config", config)
+    if not isinstance(text_config, dict):
+        raise RouteError(f"model config {args.model} is not a JSON object")
+    shape = ModelShape.from_hf_config(text_config)
     facts = show.facts_of(shape)
+    if names := config.get("architectures"):
+        facts["architectures"] = architectures.facts(names)
     policy = RoutePolicy.load(args.policy) if args.policy else None
     compiler = PlanCompiler(shape, policy)
     if policy is not None:
@@ -63,3 +73,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(show.facts(facts, shape))
     return 0
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    if str(model) == LAB:
+        model = model_path()
+    path = model / "config.json" if model.is_dir() else model
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RouteError(f"model config {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise RouteError(f"model config {path} is not a JSON object")
+    return config

@@ -24,6 +24,11 @@ def facts_of(shape: ModelShape) -> dict[str, Any]:
 def facts(found: Mapping[str, Any], shape: ModelShape) -> str:
     """Facts about a model of this shape, a line each."""
     named = {**found, "moe_layers": shape.describe_layers()}
+    named |= {
+        f"{name}, vLLM {release}": verdict
+        for name, verdicts in named.pop("architectures", {}).items()
+        for release, verdict in verdicts.items()
+    }
     return "\n".join(f"{name.replace('_', ' '):<26} {value}" for name, value in named.items())
 
 
