@@ -19,6 +19,7 @@ INTERRUPTED_STATUS = 130
 _WHERE_TO_START = """\
 where to start:
   unsafe-routes demo             all of this on a harmless lab model, on CPU, in minutes
+  unsafe-routes doctor           whether route control would work on this machine
   unsafe-routes inspect MODEL    which layers of a model route, and to how many experts
 
 in order:
