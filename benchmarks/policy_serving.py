@@ -44,13 +44,13 @@ BANNED = [1, 2, 3, 4]
 class Server:
     """One variant's server, on a port of its own."""
 
-    def __init__(self, model: Path, variant: str, policy: Path, log: Path, env: dict[str, str]) -> None:
+    def __init__(self, model: Path, dtype: str, variant: str, policy: Path, log: Path, env: dict[str, str]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.variant, self.log = f"http://127.0.0.1:{port}", variant, log
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--served-model-name", "bench", "--dtype", "bfloat16", "--max-model-len", "512"]
+        command += ["--port", str(port), "--served-model-name", "bench", "--dtype", dtype, "--max-model-len", "512"]
         # No prefix cache: every round must do the same work.
         command += ["--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "64"]
         if variant == "policy":
@@ -146,7 +146,9 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     load, lab = TINY_LOAD if run.rehearse else LOAD, ROOT / "vllm_unsafe_routes/lab/model"
     config = config_of("olmoe", run.size) | {"vocab_size": json.loads((lab / "config.json").read_text())["vocab_size"]}
-    model = make_model(run.scratch / "policy-serving", config, "bfloat16")
+    # On some processors vLLM's bfloat16 kernels end in an illegal instruction with the tiny shape.
+    dtype = "float32" if run.rehearse else "bfloat16"
+    model = make_model(run.scratch / "policy-serving", config, dtype)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(lab / name, model / name)
     policy = run.scratch / "policy.json"
@@ -159,7 +161,7 @@ def main() -> int:
         servers = {}
         for variant in VARIANTS:
             log = run.scratch / f"policy-serving-{variant}.log"
-            servers[variant] = Server(model, variant, policy, log, env)
+            servers[variant] = Server(model, dtype, variant, policy, log, env)
             stack.callback(servers[variant].close)
         for server in servers.values():
             server.wait(run.left)
