@@ -195,6 +195,14 @@ def test_what_is_not_a_base_router(bind):
         bind(types.SimpleNamespace(top_k=TOP_K))
 
 
+def test_a_runner_class_that_nobody_has_read(bind, loaded, monkeypatch):
+    """vLLM has subclasses with paths of their own to the expert kernels."""
+    runner = runners(loaded[0])[1]
+    monkeypatch.setattr(runner, "__class__", type("FastMoERunner", (type(runner),), {}))
+    with pytest.raises(RouteError, match=r"MoE layer 1 \(.*\): MoE runner FastMoERunner is not a class known here: it may reach"):
+        bind()
+
+
 def test_a_monolithic_kernel(bind, loaded, monkeypatch):
     method = type(runners(loaded[0])[0].routed_experts.quant_method)
     monkeypatch.setattr(method, "is_monolithic", True)

@@ -34,6 +34,13 @@ from ..shape import ModelShape
 _OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
 # Classes whose own gating leaves padded tokens out (ids -1) if vLLM says which these are.
 _SKIP_PADDING = (FusedTopKRouter, FusedTopKBiasRouter)
+# MoE layers whose every path to the experts was read: it asks the router. The classes are named, because two of their modules
+# import what only some platforms have.
+_RUNNERS = (
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner",
+    "vllm.model_executor.models.transformers.moe.TransformersMoERunner",
+    "vllm.models.kimi_k3.nvidia.latent_moe_runner.LatentMoERunner",
+)
 # Custom routing functions whose meaning is a plain gating: elementwise sigmoid of the selected logits.
 _SIGMOID_FUNCTIONS = {
     "Llama4MoE.custom_routing_function": False,  # never renormalises
@@ -396,6 +403,9 @@ def check_layer(runner: Any, shape: ModelShape) -> Gating:
     """
     if int(runner.layer_id) not in shape.slot_of_layer:
         raise RouteError(f"the model's config does not announce it; MoE layers by config are {shape.describe_layers()}")
+    kind = type(runner)
+    if f"{kind.__module__}.{kind.__qualname__}" not in _RUNNERS:
+        raise RouteError(f"MoE runner {kind.__name__} is not a class known here: it may reach its experts without the router")
     if runner.routed_experts.quant_method.is_monolithic:
         experts = type(runner.routed_experts.quant_method).__name__
         raise RouteError(
