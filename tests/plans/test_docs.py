@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
 import shlex
@@ -145,6 +146,16 @@ def test_the_readme_s_figures_are_the_committed_ones():
     assert f"computes {tokens[0]} tokens a prompt, the adaptive strategy {tokens[1]}." in text
     kept = lab["defences", "derived policy", "benign right"]
     assert f"from {none:.2f} to {policy:.2f} and keeps {kept:.2f} of the harmless answers" in text
+
+
+def test_the_picture_shows_the_readme_s_plan():
+    source = (ROOT / "docs/pictures/draw.py").read_text(encoding="utf-8")
+    question, forced = (
+        ast.literal_eval(re.search(rf"^{name} = (.*)$", source, re.MULTILINE)[1]) for name in ("QUESTION", "FORCED")
+    )
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'"content": "{question}"' in text
+    assert "plan.force(" + ", ".join(f"{name}={value}" for name, value in forced.items()) + ")" in text
 
 
 def test_the_size_of_a_row():
