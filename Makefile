@@ -54,7 +54,7 @@ test-fast: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-campaign test-plans
 
 test-plans: setup
-	$(ENV) $(PYTEST) tests/plans
+	$(ENV) $(PYTEST) tests/plans tests/commands tests/repository
 
 test-kernels: setup
 	$(ENV) $(PYTEST) tests/kernels

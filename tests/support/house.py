@@ -1,4 +1,4 @@
-"""The shape of the code as figures, read off the sources: `make house` prints them, tests/plans/test_house.py holds the limits.
+"""The shape of the code as figures, read off the sources: `make house` prints them, tests/repository/test_house.py has the limits.
 
 Lines are counted from `class` or `def` to the last line, docstring and comments included. A class's fields are the names that it
 annotates and the attributes that its methods set on `self`. Parameters leave `self` and `cls` out.
