@@ -25,7 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,60 +85,72 @@ def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, 
     """
     model, out = model_of(seed, runs), runs / f"seed-{seed}"
     shared = ["--dtype", "float32", "--seeds", seed]
-    common: list[Any] = ["--model", model, *shared]
     judging = ["--judge", "lab", "--max-new-tokens", 32]
-    judged = [*common, *judging]
-    masks = 4 if small else 100
+    judged: list[Any] = ["--model", model, *shared, *judging]
+    masks = ["--masks", 4 if small else 100]
     unsafe_routes(
-        *["rosais", *common, "--data", "lab:search", "--limit", max(prompts.values()), "--masks", masks, "--same-masks"],
+        *["rosais", "--model", model, *shared, "--data", "lab:search", "--limit", max(prompts.values()), *masks, "--same-masks"],
         *["--out", out / "rosais"],
     )
     if "attacks" in parts:
-        num = prompts["attacks"]
-        unsafe_routes(
-            *["mask-attack", *judged, "--data", "lab:test", "--limit", num, "--rosais", out / "rosais", "--masks", masks],
-            *["--layers", ",".join(map(str, LEVELS)), "--out", out / "masks"],
-        )
-        for strategy in STRATEGIES:
-            unsafe_routes(
-                *["fsour", *judged, "--data", "lab:test", "--limit", num, "--strategy", strategy],
-                *["--draws", 2 if small else 10, "--out", out / f"fsour-{strategy}"],
-            )
+        run_attacks(out, judged, masks, prompts["attacks"], small)
     if "defences" in parts:
         num = prompts["defences"]
-        unsafe_routes(
-            *["fsour", *judged, "--data", "lab:search", "--limit", num, "--strategy", "adaptive", "--out", out / "fsour-search"],
-        )
-        unsafe_routes(
-            *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", num],
-            *["--attempts", DERIVE_ATTEMPTS, "--utility-limit", num * 4, "--out", out / "policy"],
-            *(DERIVE_SMALL if small else DERIVE),
-        )
-        policy = out / "policy" / "policy.json"
-        names = ["none", f"policy:{policy}", "reminder", "prefix", f"policy:{policy}+reminder"]
-        names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
-        evaluate = ["--data", "lab:test", "--limit", num, "--masks", masks, "--utility-limit", num * 4]
-        evaluate += ["--attempts", ATTEMPTS]
-        attacks = [word for name in ATTACKS for word in ("--attack", name)]
-        # The control first: it needs the least, and without it the policy's figures say little.
-        unsafe_routes(
-            *["evaluate", *judged, *evaluate, *(word for name in CONTROL_ATTACKS for word in ("--attack", name))],
-            *["--defence", "none", "--defence", f"policy:{out / 'policy' / 'control-0.json'}", "--out", out / "matrix-control"],
-        )
-        evaluate += attacks
-        unsafe_routes(
-            *["evaluate", *judged, *evaluate, "--rosais", out / "rosais", "--out", out / "matrix"],
-            *[word for name in names for word in ("--defence", name)],
-        )
+        evaluate = ["--data", "lab:test", "--limit", num, *masks, "--utility-limit", num * 4, "--attempts", ATTEMPTS]
+        run_defences(out, judged, evaluate, num, small)
         if not small:
             robust = ["--model", model_of(seed, runs, "route_robust"), *shared]
             unsafe_routes(
-                *["rosais", *robust, "--data", "lab:search", "--limit", num, "--masks", masks, "--same-masks"],
+                *["rosais", *robust, "--data", "lab:search", "--limit", num, *masks, "--same-masks"],
                 *["--out", out / "rosais-robust"],
             )
             unsafe_routes(
-                *["evaluate", *robust, *judging, *evaluate, "--rosais", out / "rosais-robust", "--out", out / "matrix-robust"]
+                *["evaluate", *robust, *judging, *evaluate, *words("--attack", ATTACKS), "--rosais", out / "rosais-robust"],
+                *["--out", out / "matrix-robust"],
             )
+
+
+def words(option: str, values: Iterable[object]) -> list[object]:
+    """An option that is given once for each value."""
+    return [word for value in values for word in (option, value)]
+
+
+def run_attacks(out: Path, judged: Sequence[Any], masks: Sequence[Any], num: int, small: bool) -> None:
+    """Router masking and F-SOUR; `judged` and `masks` are options that every command shares."""
+    unsafe_routes(
+        *["mask-attack", *judged, "--data", "lab:test", "--limit", num, "--rosais", out / "rosais", *masks],
+        *["--layers", ",".join(map(str, LEVELS)), "--out", out / "masks"],
+    )
+    for strategy in STRATEGIES:
+        unsafe_routes(
+            *["fsour", *judged, "--data", "lab:test", "--limit", num, "--strategy", strategy],
+            *["--draws", 2 if small else 10, "--out", out / f"fsour-{strategy}"],
+        )
+
+
+def run_defences(out: Path, judged: Sequence[Any], evaluate: Sequence[Any], num: int, small: bool) -> None:
+    """Derive a policy, then the matrix; `evaluate` are the options of both of its commands."""
+    unsafe_routes(
+        *["fsour", *judged, "--data", "lab:search", "--limit", num, "--strategy", "adaptive", "--out", out / "fsour-search"],
+    )
+    unsafe_routes(
+        *["derive-policy", out / "rosais", out / "fsour-search", *judged, "--data", "lab:tune", "--limit", num],
+        *["--attempts", DERIVE_ATTEMPTS, "--utility-limit", num * 4, "--out", out / "policy"],
+        *(DERIVE_SMALL if small else DERIVE),
+    )
+    policy = out / "policy" / "policy.json"
+    names = ["none", f"policy:{policy}", "reminder", "prefix", f"policy:{policy}+reminder"]
+    names += [] if small else [f"jitter:{scale:g}" for scale in JITTER]
+    control = ["none", f"policy:{out / 'policy' / 'control-0.json'}"]
+    # The control first: it needs the least, and without it the policy's figures say little.
+    unsafe_routes(
+        *["evaluate", *judged, *evaluate, *words("--attack", CONTROL_ATTACKS), *words("--defence", control)],
+        *["--out", out / "matrix-control"],
+    )
+    unsafe_routes(
+        *["evaluate", *judged, *evaluate, *words("--attack", ATTACKS), "--rosais", out / "rosais", "--out", out / "matrix"],
+        *words("--defence", names),
+    )
 
 
 def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
