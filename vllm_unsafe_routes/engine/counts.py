@@ -30,20 +30,20 @@ class PolicyCounts:
         shape: the model.
         index: the row index, which says what a plan forces.
         local_slots: MoE slots of this pipeline rank.
-        always_keeps: captured graphs keep the picks of all layers, whatever a later policy bans; None: no graphs, the picks are
-            kept where the active policy bans something. False: graphs that never keep picks; tokens alone are counted.
+        kept: MoE slots whose picks are kept whatever a policy bans, because captured graphs repeat it; at others only tokens are
+            counted. None: no graphs, the picks are kept where the active policy bans something.
 
     Attributes:
         is_on: a policy is active.
 
     """
 
-    def __init__(self, shape: ModelShape, index: RowIndex, local_slots: Sequence[int], always_keeps: bool | None) -> None:
+    def __init__(self, shape: ModelShape, index: RowIndex, local_slots: Sequence[int], kept: Sequence[int] | None) -> None:
         num_layers, capacity = index.rows.shape
         self._shape = shape
         self._index = index
         self._local_slots = local_slots
-        self._always_keeps = always_keeps
+        self._always_kept = kept
         self._native_ids = torch.zeros((num_layers, capacity, shape.top_k), dtype=torch.int32, device=index.rows.device)
         self._kept: frozenset[int] = frozenset()
         self._slots = torch.zeros(0, dtype=torch.int64)
@@ -57,8 +57,9 @@ class PolicyCounts:
         self.is_on = active.policy is not None
         self._mode = POLICY_MODES.index(active.mode)
         layers = self._shape.moe_layers
-        counted = [slot for slot in self._local_slots if self._always_keeps is not False and active.banned(layers[slot])]
-        self._kept = frozenset(self._local_slots if self._always_keeps else counted)
+        countable = self._local_slots if self._always_kept is None else self._always_kept
+        counted = [slot for slot in countable if active.banned(layers[slot])]
+        self._kept = frozenset(counted if self._always_kept is None else self._always_kept)
         device = self._native_ids.device
         self._slots = torch.tensor(counted, dtype=torch.int64, device=device)
         self._banned = banned_experts(self._shape, active, counted).to(device)

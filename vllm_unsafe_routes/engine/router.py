@@ -235,8 +235,8 @@ class LayerBinding:
             self._direct_generic(routing, row_index, rows)
             routing.keep_routes()
             return
-        if self.fused and routing.native_ids is not None:
-            self._select_undirected(routing.router_logits, routing.native_ids)
+        if self.fused:
+            self._keep_native(routing)
         route_topk(
             routing.router_logits,
             row_index,
@@ -255,10 +255,7 @@ class LayerBinding:
     def mask(self, routing: Routing, banned: torch.Tensor, native_weights: bool) -> None:
         """Route all tokens by one mask, on CPU; `banned` is bool [1, num_experts]. Only where `has_mask_path`."""
         assert self.gating.spec is not None
-        if self.fused and routing.native_ids is not None:
-            self._select_undirected(routing.router_logits, routing.native_ids)
-        else:
-            routing.keep_native()
+        self._keep_native(routing)
         mask_topk_cpu(
             routing.router_logits,
             banned,
@@ -279,6 +276,13 @@ class LayerBinding:
     def has_mask_path(self) -> bool:
         """Whether `mask` knows this gating."""
         return self.gating.spec is not None and not self.gating.spec.grouped
+
+    def _keep_native(self, routing: Routing) -> None:
+        """Keep what the model's own gating picks; with fused gating it has not run, and a launch of its own says it."""
+        if not self.fused:
+            routing.keep_native()
+        elif routing.native_ids is not None:
+            self._select_undirected(routing.router_logits, routing.native_ids)
 
     def _select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Write what the model's gating picks without any directive; `topk_ids` is int32 [num_tokens, top_k]."""

@@ -74,8 +74,8 @@ class RouteController:
         self._policy = PolicyRows(shape, self._bindings, self._table, self._index)
         local_slots = [slot for slot, layer in enumerate(shape.moe_layers) if layer in layers]
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
-        keeps = (not hooks.fused or config.policy is not None) if state.always else None
-        self._counts = PolicyCounts(shape, self._index, local_slots, keeps)
+        kept = () if hooks.fused and config.policy is None else local_slots
+        self._counts = PolicyCounts(shape, self._index, local_slots, kept if state.always else None)
         self._capture = self._scoring = self.shared = None
         if config.allow_overrides:
             self._capture = RouteCapture((num_layers, capacity, shape.top_k), device, state.always, local_slots)
