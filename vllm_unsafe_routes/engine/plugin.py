@@ -45,6 +45,7 @@ def register() -> None:
         (symbols.ADD_REQUEST, _add_request),
         (symbols.FREE_REQUEST, _free_request),
         (symbols.FINISH_REQUESTS, _finish_requests),
+        (symbols.MAKE_STATS, _make_stats),
         (symbols.UPDATE_FROM_OUTPUT, _update_from_output),
         (symbols.RUN_OUTPUT_HANDLER, _run_output_handler),
         (symbols.LOAD_MODEL, _load_model),
@@ -231,15 +232,25 @@ def _free_request(own: Any) -> Any:
 
 
 def _finish_requests(own: Any) -> Any:
-    def finish_requests(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def finish_requests(self: Any, request_ids: Any, finished_status: Any) -> Any:
         if request_ids is not None and not isinstance(request_ids, str):
             request_ids = list(request_ids)
         admission = _admission(self)
-        if admission is not None:
-            admission.abort(request_ids)
-        return own(self, request_ids, *args, **kwargs)
+        held = [] if admission is None else admission.abort(request_ids, finished_status)
+        return [*own(self, request_ids, finished_status), *held]
 
     return finish_requests
+
+
+def _make_stats(own: Any) -> Any:
+    def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stats = own(self, *args, **kwargs)
+        admission = _admission(self)
+        if stats is not None and admission is not None:
+            stats.num_waiting_reqs += admission.num_held
+        return stats
+
+    return make_stats
 
 
 def _update_from_output(own: Any) -> Any:

@@ -5,10 +5,12 @@ Also the owner of the active policy in the engine core's process; `swap.py` repl
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from ..compiler import PlanCompiler
 from ..errors import RouteError
@@ -44,7 +46,9 @@ class RouteAdmission:
         # Whether steps ran since the workers last said what they counted.
         self.counts_are_stale = False
         self.num_refused = 0
-        self._held: deque[Any] = deque()
+        # In the order in which they enter the scheduler, which is its own.
+        self._held: list[Any] = []
+        self._by_priority = scheduler.policy is SchedulingPolicy.PRIORITY
         self.receipts = ReceiptBook()
 
     def _new_ledger(self, compiler: PlanCompiler) -> Ledger:
@@ -85,11 +89,18 @@ class RouteAdmission:
             return False
         if context is None or not context.tracked:
             return True
-        if self._held or (context.plan is not None and not self.ledger.admits(context.plan)):
+        if self._by_priority:
+            bisect.insort(self._held, request)
+        else:
             self._held.append(request)
+        if self._held[0] is not request or not self._has_room(context):
             return False
+        self._held.pop(0)
         self._enter(request, context)
         return True
+
+    def _has_room(self, context: RouteContext) -> bool:
+        return context.plan is None or self.ledger.admits(context.plan)
 
     def _enter(self, request: Any, context: RouteContext) -> None:
         if context.plan is not None:
@@ -118,21 +129,23 @@ class RouteAdmission:
         while self._held:
             context = context_of(self._held[0])
             assert context is not None
-            if context.plan is not None and not self.ledger.admits(context.plan):
+            if not self._has_room(context):
                 break
-            request = self._held.popleft()
+            request = self._held.pop(0)
             self._enter(request, context)
             admitted.append(request)
         return admitted
 
-    def abort(self, req_ids: Any) -> None:
-        """Forget requests that ended from outside (None: all)."""
+    def abort(self, req_ids: Any, status: Any) -> list[Any]:
+        """Forget requests that ended from outside (None: all); returns those that were held, with their final status."""
         gone = {req_ids} if isinstance(req_ids, str) else None if req_ids is None else set(req_ids)
         self.receipts.forget(gone)
-        if gone is None:
-            self._held.clear()
-        elif self._held:
-            self._held = deque(request for request in self._held if request.request_id not in gone)
+        ended = [request for request in self._held if gone is None or request.request_id in gone]
+        if ended:
+            self._held = [request for request in self._held if gone is not None and request.request_id not in gone]
+        for request in ended:
+            request.status = status
+        return ended
 
     def replace(self, active: ActivePolicy, compiler: PlanCompiler, requests: list[Any]) -> list[tuple[Any, RouteError]]:
         """Go on under another policy: plans are compiled again, KV blocks keyed again, table room booked again.
@@ -164,7 +177,7 @@ class RouteAdmission:
                 refused.append((request, error))
                 continue
             self.receipts.start_again(request.request_id, context)
-        held, self._held = self._held, deque()
+        held, self._held = self._held, []
         for request in held:
             old = context_of(request)
             assert old is not None

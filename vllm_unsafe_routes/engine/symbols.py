@@ -103,6 +103,7 @@ FINISH_REQUESTS = Symbol(
     ("self", "request_ids", "finished_status"),
     "aborts reach held requests too",
 )
+MAKE_STATS = Symbol(_SCHEDULER, "Scheduler.make_stats", ("self",), "held requests are waiting ones")
 UPDATE_FROM_OUTPUT = Symbol(
     _SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output"), "receipts"
 )
@@ -138,6 +139,7 @@ SYMBOLS = (
     ADD_REQUEST,
     FREE_REQUEST,
     FINISH_REQUESTS,
+    MAKE_STATS,
     UPDATE_FROM_OUTPUT,
     RUN_OUTPUT_HANDLER,
     LOAD_MODEL,
