@@ -203,15 +203,46 @@ def test_a_runner_class_that_nobody_has_read(bind, loaded, monkeypatch):
         bind()
 
 
-def test_a_monolithic_kernel(bind, loaded, monkeypatch):
-    method = type(runners(loaded[0])[0].routed_experts.quant_method)
-    monkeypatch.setattr(method, "is_monolithic", True)
+# By vLLM's names of quantisation methods; the first has Triton kernels, GPT-OSS's would be monolithic again with --moe-backend triton.
+ADVICE = {
+    "UnquantizedFusedMoEMethod": "triton",
+    "Fp8MoEMethod": "triton",
+    "GptOssMxfp4MoEMethod": "marlin or triton_unfused or flashinfer_cutlass",
+    "CompressedTensorsW4A4Mxfp4MoEMethod": "marlin or triton_unfused or flashinfer_cutlass",
+    "ModelOptNvFp4FusedMoE": "flashinfer_cutlass or cutlass or marlin",
+    "CompressedTensorsW4A4Nvfp4MoEMethod": "flashinfer_cutlass or cutlass or marlin",
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_a_monolithic_kernel(bind, loaded, monkeypatch, name):
+    method = runners(loaded[0])[0].routed_experts.quant_method
+    monkeypatch.setattr(method, "__class__", type(name, (type(method),), {"is_monolithic": True}))
     with pytest.raises(RouteError) as caught:
         bind()
     assert str(caught.value).startswith("MoE layer 0 (model.layers.0.")
-    assert f"the monolithic expert kernel of {method.__name__} routes inside itself" in str(caught.value)
-    assert "--moe-backend triton" in str(caught.value)
+    assert f"the monolithic expert kernel of {name} routes inside itself" in str(caught.value)
+    assert f"with --moe-backend {ADVICE[name]}; " in str(caught.value)
     assert str(caught.value).endswith(WHAT_HELPS)
+
+
+def test_the_advised_backends_are_modular_by_vllm_s_own_selection():
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16, mxfp4, nvfp4, unquantized
+
+    from vllm_unsafe_routes.engine.backends import modular_backends
+
+    def kernels(oracle, backend):
+        name = oracle.__name__.rpartition(".")[2].removeprefix("int_")
+        backends = getattr(oracle, f"map_{name}_backend")(backend)
+        for each in backends if isinstance(backends, list) else [backends]:
+            yield from oracle.backend_to_kernel_cls(each)
+
+    assert any(kernel.is_monolithic() for kernel in kernels(mxfp4, "triton"))
+    of = {mxfp4: "GptOssMxfp4MoEMethod", nvfp4: "ModelOptNvFp4FusedMoE"}
+    for oracle in (fp8, int8, int_wna16, mxfp4, nvfp4, unquantized):
+        for backend in modular_backends(type(of.get(oracle, "Fp8MoEMethod"), (), {})):
+            found = list(kernels(oracle, backend))
+            assert found and not any(kernel.is_monolithic() for kernel in found), (oracle.__name__, backend)
 
 
 def test_the_config_announces_a_layer_without_router(bind, loaded):

@@ -30,6 +30,7 @@ from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, R
 
 from ..errors import RouteError
 from ..shape import ModelShape
+from .backends import modular_backends
 
 _OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
 # Classes whose own gating leaves padded tokens out (ids -1) if vLLM says which these are.
@@ -411,10 +412,10 @@ def check_layer(runner: Any, shape: ModelShape) -> Gating:
     if f"{kind.__module__}.{kind.__qualname__}" not in _RUNNERS:
         raise RouteError(f"MoE runner {kind.__name__} is not a class known here: it may reach its experts without the router")
     if runner.routed_experts.quant_method.is_monolithic:
-        experts = type(runner.routed_experts.quant_method).__name__
+        method = type(runner.routed_experts.quant_method)
         raise RouteError(
-            f"the monolithic expert kernel of {experts} routes inside itself and cannot be controlled; "
-            "choose a modular one with --moe-backend triton"
+            f"the monolithic expert kernel of {method.__name__} routes inside itself and cannot be controlled; "
+            f"choose a modular one with --moe-backend {' or '.join(modular_backends(method))}"
         )
     router = runner.router
     if not isinstance(router, BaseRouter):
