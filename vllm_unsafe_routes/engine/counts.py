@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..policy import POLICY_MODES, ActivePolicy
 from ..shape import ModelShape
+from .host_copies import HostCopy
 from .policy_rows import banned_experts
 from .progress import RouteCounts
 from .row_index import RowIndex
@@ -97,10 +97,9 @@ class _Sums:
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self._tokens = dict.fromkeys(POLICY_MODES, 0)
         self._displaced = torch.zeros((len(POLICY_MODES), num_layers), dtype=torch.int64, device=device)
-        # Pinned memory, the event after the copy into it, and the token numbers that belong to it.
-        self._host: torch.Tensor | None = None
-        self._event: Any = None
-        self._tokens_then = dict(self._tokens)
+        # The copy under way, and the token numbers that belong to it.
+        self._copy: HostCopy | None = None
+        self._tokens_then = self._tokens
         self._read_at = 0.0
         self._is_new = False
 
@@ -112,28 +111,19 @@ class _Sums:
         self._is_new = True
 
     def read(self) -> RouteCounts:
-        return _counts(self._tokens, self._displaced.cpu())
+        return _counts(self._tokens, HostCopy(self._displaced))
 
     def due(self) -> RouteCounts | None:
-        if self._event is not None and self._host is not None:
-            if not self._event.query():
-                return None
-            self._event = None
-            return _counts(self._tokens_then, self._host)
         now = time.monotonic()
-        if not self._is_new or now - self._read_at < _SECONDS_BETWEEN_COUNTS:
+        if self._copy is None and self._is_new and now - self._read_at >= _SECONDS_BETWEEN_COUNTS:
+            self._read_at, self._is_new = now, False
+            self._copy, self._tokens_then = HostCopy(self._displaced), dict(self._tokens)
+        if self._copy is None or not self._copy.is_ready:
             return None
-        self._read_at, self._is_new = now, False
-        if self._displaced.device.type == "cpu":
-            return self.read()
-        if self._host is None:
-            self._host = torch.empty_like(self._displaced, device="cpu", pin_memory=True)
-        self._host.copy_(self._displaced, non_blocking=True)
-        self._tokens_then = dict(self._tokens)
-        self._event = torch.cuda.Event()
-        self._event.record()
-        return None
+        copy, self._copy = self._copy, None
+        return _counts(self._tokens_then, copy)
 
 
-def _counts(tokens: dict[str, int], displaced: torch.Tensor) -> RouteCounts:
-    return RouteCounts(dict(tokens), {mode: displaced[at].tolist() for at, mode in enumerate(POLICY_MODES)})
+def _counts(tokens: dict[str, int], displaced: HostCopy) -> RouteCounts:
+    values = displaced.wait()
+    return RouteCounts(dict(tokens), {mode: values[at].tolist() for at, mode in enumerate(POLICY_MODES)})

@@ -9,25 +9,44 @@ import numpy as np
 import torch
 
 
-class HostCopies:
-    """Copies of one step. `take` starts one, `resolve` waits for all and hands each to its user."""
+class HostCopy:
+    """A copy of a device tensor as it is now.
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[torch.Tensor, Callable[[np.ndarray], None]]] = []
-        self._event: Any = None
+    Its memory is its own and goes with it: what vLLM's warm-up creates, in inference mode, cannot be written to later.
+    """
 
-    def take(self, tensor: torch.Tensor, use: Callable[[np.ndarray], None]) -> None:
-        """Copy a device tensor as it is now; `use` gets the values in `resolve`."""
+    def __init__(self, tensor: torch.Tensor) -> None:
         # To pinned memory where the device is not the CPU, because it does not block.
-        self._pending.append((tensor.to("cpu", non_blocking=True, copy=True), use))
+        self._tensor = tensor.to("cpu", non_blocking=True, copy=True)
+        self._event: Any = None
         if tensor.device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def resolve(self) -> None:
-        """Wait for the copies, from whatever thread, and hand them out; a second call does nothing."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> np.ndarray:
+        """The values; waits for the copy, from whatever thread."""
         if self._event is not None:
             self._event.synchronize()
-        pending, self._pending, self._event = self._pending, [], None
-        for tensor, use in pending:
-            use(tensor.numpy())
+        return self._tensor.numpy()
+
+
+class HostCopies:
+    """Copies of one step. `take` starts one, `resolve` waits for all and hands each to its user."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[HostCopy, Callable[[np.ndarray], None]]] = []
+
+    def take(self, tensor: torch.Tensor, use: Callable[[np.ndarray], None]) -> None:
+        """Copy a device tensor as it is now; `use` gets the values in `resolve`."""
+        self._pending.append((HostCopy(tensor), use))
+
+    def resolve(self) -> None:
+        """Wait for the copies, from whatever thread, and hand them out; a second call does nothing."""
+        pending, self._pending = self._pending, []
+        for copy, use in pending:
+            use(copy.wait())
