@@ -42,7 +42,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        word = body["messages"][-1]["content"].split()[-1]
+        raw = self.path == "/v1/completions"
+        word = (body["prompt"] if raw else body["messages"][-1]["content"]).split()[-1]
         with server.mutex:
             server.bodies.append(body)
             server.headers_seen.append(self.headers)
@@ -60,7 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
                 server.in_flight -= 1
 
     def _answer(self, word: str, count: int) -> None:
-        if self.path != "/v1/chat/completions":
+        if self.path == "/v1/completions":
+            self._send(
+                200, json.dumps({"object": "text_completion", "choices": [{"text": word, "finish_reason": "stop"}]}).encode()
+            )
+        elif self.path != "/v1/chat/completions":
             self._send(404, b"{}")
         elif word == "slow":
             time.sleep(30)
