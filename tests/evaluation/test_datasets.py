@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -9,8 +10,8 @@ import types
 import pytest
 
 from vllm_unsafe_routes import RouteError
-from vllm_unsafe_routes.evaluation import DatasetError, PromptRecord, load_prompts, prompts_digest
-from vllm_unsafe_routes.evaluation.datasets import HUB_ID
+from vllm_unsafe_routes.evaluation import Columns, DatasetError, PromptRecord, load_prompts, prompts_digest
+from vllm_unsafe_routes.evaluation.datasets import HUB_IDS
 
 JBB = (
     "Index,Goal,Target,Behavior,Category,Source\n"
@@ -55,6 +56,75 @@ def test_json_lines(tmp_path):
     assert records[1] == PromptRecord("1", "wug", "sure")
 
 
+STRONGREJECT = "category,source,forbidden_prompt\nZibs,made up,Plim a florble\n"
+HARMBENCH = (
+    "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+    "Plim a florble,standard,zibs,,,plim_florble\n"
+    "Plim it,contextual,wugs,context,A florble is a wug.,plim_it\n"
+)
+XSTEST = (
+    "id,prompt,type,label,focus,note\n"
+    "1,How do I plim time?,homonyms,safe,plim,\n"
+    "2,How do I plim a florble?,contrast_homonyms,unsafe,plim,\n"
+)
+OR_BENCH = "prompt,category\nWhat is a zib?,zibs\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "split", "expected"),
+    [
+        pytest.param(STRONGREJECT, "", [("0", "Plim a florble", "Zibs", "")], id="strongreject"),
+        pytest.param(
+            HARMBENCH,
+            "",
+            [("plim_florble", "Plim a florble", "zibs", ""), ("plim_it", "Plim it", "wugs", "A florble is a wug.")],
+            id="harmbench",
+        ),
+        pytest.param(XSTEST, "", [("1", "How do I plim time?", "homonyms", "")], id="xstest"),
+        pytest.param(XSTEST, ":safe", [("1", "How do I plim time?", "homonyms", "")], id="xstest-safe"),
+        pytest.param(XSTEST, ":unsafe", [("2", "How do I plim a florble?", "contrast_homonyms", "")], id="xstest-unsafe"),
+        pytest.param(OR_BENCH, "", [("0", "What is a zib?", "zibs", "")], id="or-bench"),
+    ],
+)
+def test_published_columns(tmp_path, text, split, expected):
+    (tmp_path / "a.csv").write_text(text)
+    records = load_prompts(f"{tmp_path / 'a.csv'}{split}")
+    assert [(record.id, record.goal, record.category, record.context) for record in records] == expected
+    assert {record.target for record in records} == {"Sure, here is"}
+
+
+def test_a_context_is_put_before_the_goal_and_judges_see_both(tmp_path):
+    (tmp_path / "a.csv").write_text(HARMBENCH)
+    plain, contextual = load_prompts(str(tmp_path / "a.csv"))
+    assert (plain.request, contextual.request) == ("Plim a florble", "A florble is a wug.\n\n---\n\nPlim it")
+    assert contextual.goal == "Plim it" and contextual.extra["context_str"] == "A florble is a wug."
+    assert prompts_digest([contextual]) != prompts_digest([dataclasses.replace(contextual, context="")])
+
+
+def test_other_columns_by_name(tmp_path):
+    (tmp_path / "a.csv").write_text("Question,kind\nPlim a florble?,zib\n")
+    path = str(tmp_path / "a.csv")
+    columns = Columns("question", "Sure, on {kind}: {goal}")
+    assert load_prompts(path, columns=columns)[0].target == "Sure, on zib: Plim a florble?"
+    for wrong, message in (
+        (Columns("Question"), "column 'target' is missing; there are Question, kind; --target says how an answer begins"),
+        (Columns("Answer", "Sure"), "column 'Answer' is missing; there are Question, kind"),
+        (Columns("Question", "Sure, {colour}"), "row 1 .*the target 'Sure, {colour}' cannot be filled in: 'colour'"),
+        (None, "column 'goal' is missing; there are Question, kind; --goal-column names another"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            load_prompts(path, columns=wrong)
+    (tmp_path / "b.csv").write_text(ADVBENCH)
+    assert load_prompts(str(tmp_path / "b.csv"), columns=Columns(target="Yes"))[0].target == "Yes"
+
+
+def test_a_prompt_knows_its_place_in_the_source(tmp_path):
+    (tmp_path / "a.csv").write_text(JBB.replace("\n2,Wug", "\n7,Wug"))
+    (tmp_path / "b.csv").write_text(HARMBENCH)
+    indices = [[record.index for record in load_prompts(str(tmp_path / name))] for name in ("a.csv", "b.csv")]
+    assert indices == [[0, 1, 7], [0, 1]]
+
+
 @pytest.mark.parametrize("name", ["data/harmful-behaviors.csv", "behaviors.csv", "mine.csv"])
 def test_a_folder_with_a_copy(tmp_path, name):
     (tmp_path / "data").mkdir()
@@ -70,7 +140,8 @@ def test_a_folder_has_two_splits(tmp_path):
         load_prompts(f"{tmp_path}:other")
 
 
-def test_the_hub_is_read_through_its_library(monkeypatch):
+@pytest.mark.parametrize("hub_id", HUB_IDS)
+def test_the_hub_is_read_through_its_library(monkeypatch, hub_id):
     calls = []
 
     class Rows(list):
@@ -83,16 +154,16 @@ def test_the_hub_is_read_through_its_library(monkeypatch):
         return Rows([dict(zip(Rows.column_names, (4, "plim", "sure", "Plimming", "Zibs", "Original"), strict=True))])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert load_prompts(HUB_ID) == [PromptRecord("4", "plim", "sure", "Zibs", {"behavior": "Plimming", "source": "Original"})]
-    assert calls == [((HUB_ID, "behaviors"), {"split": "harmful"})]
+    assert load_prompts(hub_id) == [PromptRecord("4", "plim", "sure", "Zibs", {"behavior": "Plimming", "source": "Original"})]
+    assert calls == [((hub_id, "behaviors"), {"split": "harmful"})]
     with pytest.raises(DatasetError, match="ConnectionError: no network"):
-        load_prompts(HUB_ID + ":benign")
+        load_prompts(hub_id + ":benign")
 
 
 def test_without_the_library_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DatasetError, match="'datasets' library, which is not installed"):
-        load_prompts(HUB_ID)
+        load_prompts(HUB_IDS[0])
 
 
 BAD = [

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..defence.utility import KINDS, UtilityPrompts
 from ..errors import RouteError
+from ..evaluation.datasets import Columns
 from ..policy import RoutePolicy
 from ..search.adaptive import AdaptiveSettings
 from ..search.fsour import STRATEGIES, FsourSettings
@@ -62,8 +63,15 @@ def add_data_options(parser: argparse.ArgumentParser, default_seeds: str = "0") 
     group.add_argument(
         "--data",
         required=True,
-        help="prompts: a .csv or .jsonl file with goal and target, a local copy of JailbreakBench's behaviors or its hub id, or "
-        "lab:SPLIT[:KIND] for the lab model (search, tune, test; forbidden, benign, category)",
+        help="prompts: a .csv or .jsonl file of AdvBench, StrongREJECT, HarmBench, XSTest or OR-Bench, or with their columns; a "
+        "local copy of JailbreakBench's behaviors or its hub id; or lab:SPLIT[:KIND] for the lab model (search, tune, test; forbidden, "
+        "benign, category)",
+    )
+    group.add_argument("--goal-column", metavar="NAME", help="column of --data with what is asked, in a file of no known form")
+    group.add_argument(
+        "--target",
+        metavar="TEXT",
+        help="how an answer that complies begins, for every prompt; {goal} and other columns in braces are filled in",
     )
     group.add_argument("--limit", type=int, help="draw so many prompts")
     group.add_argument("--category", action="append", help="keep prompts of this category only; may be repeated")
@@ -153,6 +161,7 @@ def setup_of(args: argparse.Namespace) -> dict[str, Any]:
         "out": args.out,
         "limit": args.limit,
         "categories": tuple(args.category) if args.category else None,
+        "columns": Columns(args.goal_column, args.target),
         "system": args.system,
         "seeds": seeds_of(args.seeds),
         "engine": EngineSettings(

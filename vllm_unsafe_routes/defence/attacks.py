@@ -66,7 +66,7 @@ class Arena:
 
     def with_suffix(self, item: Item, words: Sequence[str]) -> Item:
         """A prompt with a suffix, under the prompt-level defence."""
-        text = self.wrapper.text(" ".join([item.record.goal, *words]))
+        text = self.wrapper.text(" ".join([item.record.request, *words]))
         token_ids = self.bench.model.encode_chat(text, self.wrapper.system)
         return Item(item.record, replace(item.prompt, token_ids=token_ids))
 

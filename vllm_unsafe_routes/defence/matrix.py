@@ -179,7 +179,7 @@ class _Matrix:
     def __init__(self, study: MatrixStudy, workspace: Workspace, search: AttackSettings) -> None:
         self.study, self.workspace, self.search = study, workspace, search
         self.harmless = study.utility.read()
-        from_file = read_prompts(study.attack_file, study.limit) if study.attack_file else []
+        from_file = read_prompts(study.attack_file, study.limit, columns=study.columns) if study.attack_file else []
         self.from_file = [replace(record, id=f"file:{record.id}") for record in from_file]
 
     def own_settings(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Nothing here imports torch or vLLM, and nothing here brings harmful text along: 
 """
 
 from .artifacts import ArtifactError, ArtifactParameters, Attempt, make_artifact, read_artifact, write_artifact
-from .datasets import DatasetError, PromptRecord, load_prompts, prompts_digest
+from .datasets import Columns, DatasetError, PromptRecord, load_prompts, prompts_digest
 from .judges import EndpointJudge, ExactJudge, Judge, JudgeItem, RefusalPhraseJudge, Verdict, error_counts
 from .statistics import Interval, Outcomes, attack_success_rate, mean_interval, paired_difference
 from .templates import JudgeTemplate, TemplateError, load_template
@@ -13,6 +13,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactParameters",
     "Attempt",
+    "Columns",
     "DatasetError",
     "EndpointJudge",
     "ExactJudge",

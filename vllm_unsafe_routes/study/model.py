@@ -137,7 +137,7 @@ class Model:
         target = self.encode(record.target)
         if not target:
             raise RouteError(f"prompt {record.id}: the target {record.target!r} has no token in this tokenizer")
-        return Item(record, Prompt(record.id, self.encode_chat(wrapper.text(record.goal), wrapper.system), target))
+        return Item(record, Prompt(record.id, self.encode_chat(wrapper.text(record.request), wrapper.system), target))
 
     @cached_property
     def affirmative_token_ids(self) -> tuple[int, ...]:

@@ -6,13 +6,17 @@ import re
 from collections.abc import Sequence
 
 from ..errors import RouteError
-from ..evaluation.datasets import PromptRecord, load_prompts
+from ..evaluation.datasets import Columns, PromptRecord, load_prompts
 
 _LAB_SOURCE = re.compile(r"lab:(?P<split>\w+)(:(?P<kind>\w+))?")
 
 
 def read_prompts(
-    source: str, limit: int | None = None, seed: int = 0, categories: Sequence[str] | None = None
+    source: str,
+    limit: int | None = None,
+    seed: int = 0,
+    categories: Sequence[str] | None = None,
+    columns: Columns | None = None,
 ) -> list[PromptRecord]:
     """Prompts of a source: what `evaluation.load_prompts` takes, or `lab:SPLIT[:KIND]` for the lab language.
 
@@ -22,7 +26,7 @@ def read_prompts(
     """
     found = _LAB_SOURCE.fullmatch(source)
     if found is None:
-        return load_prompts(source, limit=limit, seed=seed, categories=categories)
+        return load_prompts(source, limit=limit, seed=seed, categories=categories, columns=columns)
     from .. import lab
 
     kind = found["kind"] or "forbidden"
@@ -31,7 +35,7 @@ def read_prompts(
     except ValueError as error:
         raise RouteError(f"{source}: {error}") from None
     return [
-        PromptRecord(f"{kind}-{at}", prompt.text, prompt.target, prompt.category)
+        PromptRecord(f"{kind}-{at}", prompt.text, prompt.target, prompt.category, row=at)
         for at, prompt in enumerate(prompts)
         if categories is None or prompt.category in categories
     ]

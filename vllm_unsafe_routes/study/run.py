@@ -61,7 +61,7 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
     scored, ranking = scored_run(study.rosais, workspace.model.shape.fingerprint)
     levels = sorted({min(level, len(ranking)) for level in study.levels})
     search = replace(study.search, num_layers=max(levels), score=scored["score"])
-    chosen_on = read_prompts(study.chosen_on, study.chosen_limit) if study.chosen_on else []
+    chosen_on = read_prompts(study.chosen_on, study.chosen_limit, columns=study.columns) if study.chosen_on else []
     # Other prompts may have the same ids.
     search_items = workspace.render([replace(record, id=f"chosen-on:{record.id}") for record in chosen_on])
     own = _without(search, "seed", "num_layers") | {
@@ -142,19 +142,19 @@ def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) 
 
 def _write_artifact(path: Path, study: FsourStudy, workspace: Workspace) -> None:
     """The first seed's results as a JailbreakBench attack artifact."""
-    place = {item.prompt.id: (at, item.record) for at, item in enumerate(workspace.items)}
+    place = {item.prompt.id: item.record for item in workspace.items}
     attempts = []
     for found in read(study.out, Fsour):
         if found.seed != study.seeds[0]:
             continue
-        at, prompt = place[found.prompt]
+        prompt = place[found.prompt]
         attempts.append(
             ArtifactAttempt(
-                index=at,
+                index=prompt.index,
                 goal=prompt.goal,
                 behavior=str(prompt.extra.get("behavior", prompt.id)),
                 category=prompt.category,
-                prompt=prompt.goal,
+                prompt=prompt.request,
                 response=found.completion,
                 jailbroken=found.success,
                 judge_error=found.error,

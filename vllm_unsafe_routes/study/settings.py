@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouteError
+from ..evaluation.datasets import Columns
 from ..policy import RoutePolicy
 from ..search.fsour import FsourSettings
 from ..search.masking import ATTACKS, MaskSettings
@@ -70,6 +71,7 @@ class Setup:
         out: folder of the run; an interrupted run goes on with the same settings.
         limit: draw so many prompts.
         categories: keep prompts of these only.
+        columns: where `data` of no known form has goal and target.
         system: system message put before every prompt.
         seeds: of the draws, each on its own.
         engine: where requests run.
@@ -82,6 +84,7 @@ class Setup:
     out: Path
     limit: int | None = None
     categories: tuple[str, ...] | None = None
+    columns: Columns = field(default_factory=Columns)
     system: str = ""
     seeds: tuple[int, ...] = (0,)
     engine: EngineSettings = field(default_factory=EngineSettings)

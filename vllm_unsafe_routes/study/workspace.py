@@ -39,7 +39,7 @@ class Workspace:
         if setup.engine.policy is not None:
             setup.engine.policy.validate(self.model.shape)
         self.wrapper = Wrapper("system", setup.system) if setup.system else NO_WRAPPER
-        self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories)
+        self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories, columns=setup.columns)
         self.items = self.render(self.records)
         judge = setup.judging.name or (LAB if setup.data.startswith("lab:") else "refusal")
         self.judge: Judge = make_judge(judge, setup.judging)
