@@ -64,6 +64,10 @@ CALLS = {
         Part(190, "kernel_speed.py", f"--only {SHAPES}"),
         Part(320, "serving_cost.py", "--models olmoe --rounds 99"),
     ),
+    "serving": (
+        Part(125, "serving_cost.py", "--models olmoe --rounds 99"),
+        Part(245, "search_speed.py", "--models olmoe --mode full --agreed"),
+    ),
     "2": (
         Part(130, "search_speed.py", "--models olmoe --mode full --agreed"),
         Part(260, "search_speed.py", "--models deepseek_v2_lite --agreed --rounds 2"),
