@@ -8,7 +8,7 @@ from .directive import Directive
 from .errors import RouteError
 from .plan import RoutePlan
 from .policy import LayerPolicy, RoutePolicy
-from .receipt import Receipt, receipt_of
+from .receipt import Receipt, receipt_of, receipts_of
 from .search.scorer import RouteScorer
 from .shape import ModelShape
 
@@ -22,5 +22,6 @@ __all__ = [
     "RoutePolicy",
     "RouteScorer",
     "receipt_of",
+    "receipts_of",
 ]
 __version__ = "0.1.0"

@@ -6,8 +6,9 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 import base64
+import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,6 +38,10 @@ class Receipt:
         route_ids: int32 [num_tokens, num_moe_layers, top_k], experts used, where `return_routes` was asked for; else None.
         route_weights: float32, same shape, the weights used.
         scores: float32 [num_rows, width], log-probabilities of the tokens in `score_tokens` (`extras.py`); else None.
+        prompt_tokens: tokens of the prompt; None in receipts of older releases, as the next two.
+        prompt_digest: `prompt_digest` of the prompt's token ids; None for embeddings.
+        tokens: tokens of the prompt and of the output that was delivered. The last one is never fed back: it has no route.
+        routes_start: position of the first row of `route_ids`.
 
     """
 
@@ -49,6 +54,10 @@ class Receipt:
     scores: npt.NDArray[np.float32] | None = None
     policy_mode: str | None = None
     earlier_policies: tuple[str | None, ...] = ()
+    prompt_tokens: int | None = None
+    prompt_digest: str | None = None
+    tokens: int | None = None
+    routes_start: int = 0
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Receipt):
@@ -63,11 +72,15 @@ class Receipt:
             "policy_mode": self.policy_mode,
             "routes_set": self.routes_set,
             "cached_tokens": self.cached_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_digest": self.prompt_digest,
+            "tokens": self.tokens,
         }
         if self.earlier_policies:
             document["earlier_policies"] = list(self.earlier_policies)
         if self.route_ids is not None and self.route_weights is not None:
             document["routes"] = {
+                "start": self.routes_start,
                 "shape": list(self.route_ids.shape),
                 "ids": _pack(self.route_ids.astype("<i4")),
                 "weights": _pack(self.route_weights.astype("<f4")),
@@ -78,10 +91,13 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Receipt:
-        """Read what `to_dict` wrote."""
-        ids = weights = None
+        """Read what `to_dict` wrote. Raises `RouteError` for the note of a request that a swapped-in policy ended."""
+        if "error" in document:
+            raise RouteError(f"this request has no receipt: {document['error']}")
+        ids, weights, start = None, None, 0
         routes = document.get("routes")
         if routes is not None:
+            start = routes.get("start", 0)
             shape = tuple(routes["shape"])
             ids = np.frombuffer(zlib.decompress(base64.b64decode(routes["ids"])), "<i4").reshape(shape)
             weights = np.frombuffer(zlib.decompress(base64.b64decode(routes["weights"])), "<f4").reshape(shape)
@@ -100,6 +116,10 @@ class Receipt:
             scores=scores,
             policy_mode=document.get("policy_mode"),
             earlier_policies=tuple(document.get("earlier_policies", ())),
+            prompt_tokens=document.get("prompt_tokens"),
+            prompt_digest=document.get("prompt_digest"),
+            tokens=document.get("tokens"),
+            routes_start=start,
         )
 
 
@@ -113,19 +133,43 @@ def _pack(array: npt.NDArray[Any]) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode("ascii")
 
 
-def receipt_of(output: Any) -> Receipt:
-    """The receipt of a finished request.
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """32 hex digits over a prompt's token ids (SHA-256 of them as little-endian int32)."""
+    return hashlib.sha256(np.array(token_ids, "<i4").tobytes()).hexdigest()[:32]
+
+
+def receipts_document(documents: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """What an answer of several choices carries: the first receipt without its arrays, and `receipts`, one for each choice.
 
     Args:
-        output: vLLM's `RequestOutput`, or a completion or chat completion as the `openai` client or JSON gives it.
-
-    Raises:
-        RouteError: the output carries none (neither a plan nor a policy, not finished, or an engine without the plugin).
+        documents: `Receipt.to_dict` by choice; None for one that has not ended.
 
     """
+    first = next(document for document in documents if document is not None)
+    return {key: value for key, value in first.items() if key not in ("routes", "scores")} | {"receipts": list(documents)}
+
+
+def receipt_of(output: Any) -> Receipt:
+    """The receipt of a finished request, or of the first of its choices that has one.
+
+    Args:
+        output: vLLM's `RequestOutput`, or an answer as the `openai` client or JSON gives it: a completion, a chat completion, or
+            the last chunk of a choice where they are streamed.
+
+    Raises:
+        RouteError: the output carries none.
+
+    """
+    return receipts_of(output)[0]
+
+
+def receipts_of(output: Any) -> list[Receipt]:
+    """The receipts of all choices: of every prompt of a request, and of each of its `n` samples. Else as `receipt_of`."""
     carrier = output.get(CARRIER) if isinstance(output, Mapping) else getattr(output, CARRIER, None)
     if not isinstance(carrier, Mapping) or RECEIPT_KEY not in carrier:
         raise RouteError(
-            "this output has no receipt: there was neither a plan nor a policy, it is not finished, or the engine has no plugin"
+            "this output has no receipt: neither a plan, return_routes nor a policy asked for one, it is no last output, "
+            "or the engine has no plugin"
         )
-    return Receipt.from_dict(carrier[RECEIPT_KEY])
+    document: Mapping[str, Any] = carrier[RECEIPT_KEY]
+    return [Receipt.from_dict(one) for one in document.get("receipts", [document]) if one is not None]

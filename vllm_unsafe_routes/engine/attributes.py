@@ -4,3 +4,8 @@
 CONTROLLER = "unsafe_routes_controller"
 ADMISSION = "unsafe_routes_admission"
 MONITOR = "unsafe_routes_monitor"
+# On a front end's `RequestState` the parts of its receipt, on a `ParentRequest` the receipts of its samples.
+PARTS = "unsafe_routes_receipt_parts"
+SAMPLES = "unsafe_routes_receipts"
+# `HttpAnswer` on the `RequestOutputCollector` of a request that came over HTTP.
+ANSWER = "unsafe_routes_answer"

@@ -47,6 +47,7 @@ def register() -> None:
         (symbols.FINISH_REQUESTS, _finish_requests),
         (symbols.MAKE_STATS, _make_stats),
         (symbols.UPDATE_FROM_OUTPUT, _update_from_output),
+        (symbols.MAKE_OUTPUT, _make_request_output),
         (symbols.RUN_OUTPUT_HANDLER, _run_output_handler),
         (symbols.LOAD_MODEL, _load_model),
         (symbols.EXECUTE_MODEL, _execute_model),
@@ -264,6 +265,25 @@ def _update_from_output(own: Any) -> Any:
         return outputs
 
     return update_from_output
+
+
+def _make_request_output(own: Any) -> Any:
+    from .assembly import with_receipt
+
+    def make_request_output(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        kv_transfer_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        kv_transfer_params = with_receipt(self, kv_transfer_params, finish_reason is not None)
+        return own(self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs)
+
+    return make_request_output
 
 
 def _run_output_handler(own: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Receipts: what the workers say of each request, step by step, until its output takes it away."""
+"""Receipts in the engine core: what the workers say of each request goes to the front end with the request's outputs, bit by bit.
+
+The front end may end a request without asking the core (stop strings, aborts), so it puts the receipt together (`assembly.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,38 @@ from typing import Any
 import numpy as np
 
 from ..policy import ActivePolicy
-from ..receipt import RECEIPT_KEY, Receipt
-from .cache import RouteContext, context_of
+from ..receipt import RECEIPT_KEY
+from .cache import RouteContext
 from .progress import StepProgress
 
 
-class _Tracked:
-    """A request with a plan or captured routes, while the scheduler knows it."""
+class _Open:
+    """What the front end has not heard yet of a request that is under way.
 
-    __slots__ = ("chunks", "context", "progress", "scores")
+    Args:
+        context: of a request with a plan, captured routes or scores; None for others, whose receipt speaks of the policy only.
 
-    def __init__(self, context: RouteContext) -> None:
-        self.start(context)
+    """
 
-    def start(self, context: RouteContext) -> None:
+    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "progress", "scores", "scores_are_new")
+
+    def __init__(self, context: RouteContext | None) -> None:
+        self.start(context, ())
+
+    def start(self, context: RouteContext | None, earlier: tuple[str | None, ...]) -> None:
         """Know nothing yet of what is set, as for a new request; also after a swap, when all of it is computed again."""
         self.context = context
+        self.earlier = earlier
+        self.is_new = True
+        self.cached = 0
         self.progress: StepProgress | None = None
         self.chunks: list[tuple[int, Any, Any]] = []
         self.scores: Any = None
-        score = context.extras.score if context.extras is not None else None
-        if score is not None:
-            self.scores = np.full(score.token_ids.shape, np.nan, np.float32)
+        self.scores_are_new = False
+        extras = context.extras if context is not None else None
+        if extras is not None and extras.score is not None:
+            self.scores = np.full(extras.score.token_ids.shape, np.nan, np.float32)
+            self.scores_are_new = True
 
     def advance(self, step: StepProgress) -> None:
         self.progress = step
@@ -37,105 +50,75 @@ class _Tracked:
             self.chunks.append((step.chunk_start, step.route_ids, step.route_weights))
         if step.scores is not None:
             self.scores[step.score_start : step.score_start + len(step.scores)] = step.scores
+            self.scores_are_new = True
 
-    def receipt(self, active: ActivePolicy) -> Receipt:
-        progress = self.progress
-        plan = self.context.plan
-        ids, weights = self._routes()
-        return Receipt(
-            plan=plan.digest if plan else None,
-            policy=active.digest,
-            routes_set=progress.routes_set if progress else 0,
-            cached_tokens=progress.first_position if progress else 0,
-            route_ids=ids,
-            route_weights=weights,
-            scores=self.scores,
-            policy_mode=active.mode if active.policy is not None else None,
-            earlier_policies=self.context.earlier,
-        )
-
-    def _routes(self) -> tuple[Any, Any]:
-        if not self.chunks:
-            return None, None
-        num_tokens = max(start + len(ids) for start, ids, _ in self.chunks)
-        shape = (num_tokens, *self.chunks[0][1].shape[1:])
-        all_ids, all_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for start, ids, weights in self.chunks:  # a preempted request computes positions again: the last word counts
-            all_ids[start : start + len(ids)] = ids
-            all_weights[start : start + len(ids)] = weights
-        return all_ids, all_weights
+    def news(self, active: ActivePolicy) -> dict[str, Any] | None:
+        """Fields of the receipt that changed since the last call, as `assembly.py` reads them; None: none did."""
+        if not self.is_new and self.context is None:
+            return None
+        news: dict[str, Any] = {}
+        if self.is_new:
+            self.is_new = False
+            plan = self.context.plan if self.context is not None else None
+            news = {"plan": plan.digest if plan else None, "policy": active.digest, "cached_tokens": self.cached}
+            news |= {"policy_mode": active.mode if active.policy is not None else None, "earlier_policies": self.earlier}
+        if self.progress is not None:
+            news |= {"routes_set": self.progress.routes_set, "cached_tokens": self.progress.first_position}
+        if self.chunks:
+            news["chunks"] = [(start, *ids.shape, ids.tobytes(), weights.tobytes()) for start, ids, weights in self.chunks]
+            self.chunks = []
+        if self.scores_are_new:
+            self.scores_are_new = False
+            news["scores"] = self.scores.tolist()
+        return news
 
 
 class ReceiptBook:
     """The receipts of one scheduler's requests."""
 
     def __init__(self) -> None:
-        self._tracked: dict[str, _Tracked] = {}
-        # For the receipts of requests that bring nothing: cached tokens while they run, and, of those that left in this step,
-        # cached tokens and earlier policies.
-        self._cached: dict[str, int] = {}
-        self._left: dict[str, tuple[int, tuple[str | None, ...]]] = {}
+        self._open: dict[str, _Open] = {}
 
     def __len__(self) -> int:
-        """Requests with a plan, captured routes or scores."""
-        return len(self._tracked)
+        """Requests whose receipt is under way."""
+        return len(self._open)
 
     def enter(self, req_id: str, context: RouteContext) -> None:
         """A request with a plan, captured routes or scores enters the scheduler."""
-        self._tracked[req_id] = _Tracked(context)
+        self._open[req_id] = _Open(context)
 
     def start_again(self, req_id: str, context: RouteContext) -> None:
         """A policy was swapped in: all of the request is computed again."""
-        if req_id in self._tracked:
-            self._tracked[req_id].start(context)
-        self._cached.clear()
-
-    def leave(self, request: Any) -> None:
-        """Under a policy, a request has left the scheduler; its output is still to come."""
-        context = context_of(request)
-        cached = self._cached.pop(request.request_id, 0)
-        self._left[request.request_id] = (cached, context.earlier if context is not None else ())
+        entry = self._open.setdefault(req_id, _Open(None))
+        entry.start(context if context.tracked else None, context.earlier)
 
     def forget(self, req_ids: Iterable[str] | None) -> None:
-        """No receipt for these (None: for all): nobody waits for their output."""
-        for req_id in list(self._tracked) if req_ids is None else req_ids:
-            self._tracked.pop(req_id, None)
+        """These (None: all) have ended, and nobody waits for more of their outputs."""
+        for req_id in list(self._open) if req_ids is None else req_ids:
+            self._open.pop(req_id, None)
 
     def absorb(self, progress: Mapping[str, StepProgress]) -> None:
         """Take what a worker says of a step."""
         for req_id, step in progress.items():
-            tracked = self._tracked.get(req_id)
-            if tracked is not None:
-                tracked.advance(step)
+            entry = self._open.get(req_id)
+            if entry is not None:
+                entry.advance(step)
 
     def attach(self, outputs: Mapping[int, Any], active: ActivePolicy) -> None:
-        """Put the receipts into the outputs of requests that finished: those with a plan, and under a policy all."""
+        """Put what is new into the outputs of requests with a receipt: those with a plan, and under a policy all."""
         has_policy = active.policy is not None
-        if not self._tracked and not has_policy:
+        if not self._open and not has_policy:
             return
         for output in (output for batch in outputs.values() for output in batch.outputs):
-            if has_policy and output.prefill_stats is not None and output.prefill_stats.num_cached_tokens:
-                self._cached[output.request_id] = output.prefill_stats.num_cached_tokens
-            if output.finish_reason is None:
-                continue
-            tracked = self._tracked.pop(output.request_id, None)
-            if tracked is not None:
-                receipt = tracked.receipt(active)
-            elif has_policy:
-                receipt = self._plain(output.request_id, active)
-            else:
-                continue
-            output.kv_transfer_params = {**(output.kv_transfer_params or {}), RECEIPT_KEY: receipt.to_dict()}
-        self._left.clear()
-
-    def _plain(self, req_id: str, active: ActivePolicy) -> Receipt:
-        cached, earlier = self._left.get(req_id, (0, ()))
-        cached = self._cached.pop(req_id, cached)  # a request of one step was freed before its output was seen
-        return Receipt(
-            plan=None,
-            policy=active.digest,
-            routes_set=0,
-            cached_tokens=cached,
-            policy_mode=active.mode,
-            earlier_policies=earlier,
-        )
+            entry = self._open.get(output.request_id)
+            if entry is None:
+                if not has_policy:
+                    continue
+                entry = self._open[output.request_id] = _Open(None)
+            if output.prefill_stats is not None:
+                entry.cached = output.prefill_stats.num_cached_tokens
+            news = entry.news(active)
+            if news is not None:
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), RECEIPT_KEY: news}
+            if output.finish_reason is not None:
+                del self._open[output.request_id]

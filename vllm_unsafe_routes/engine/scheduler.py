@@ -116,8 +116,6 @@ class RouteAdmission:
     def free(self, request: Any) -> list[Any]:
         """A request has left the scheduler; returns held requests that fit now, already booked."""
         req_id = request.request_id
-        if self.active.policy is not None:
-            self.receipts.leave(request)
         if req_id not in self.ledger:
             return []
         self.ledger.remove(req_id)

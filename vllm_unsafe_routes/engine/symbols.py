@@ -105,7 +105,16 @@ FINISH_REQUESTS = Symbol(
 )
 MAKE_STATS = Symbol(_SCHEDULER, "Scheduler.make_stats", ("self",), "held requests are waiting ones")
 UPDATE_FROM_OUTPUT = Symbol(
-    _SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output"), "receipts"
+    _SCHEDULER,
+    "Scheduler.update_from_output",
+    ("self", "scheduler_output", "model_runner_output"),
+    "send the front end what a receipt says",
+)
+MAKE_OUTPUT = Symbol(
+    "vllm.v1.engine.output_processor",
+    "RequestState.make_request_output",
+    ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
+    "put a receipt together wherever a request ends",
 )
 RUN_OUTPUT_HANDLER = Symbol(
     "vllm.v1.engine.async_llm", "AsyncLLM._run_output_handler", ("self",), "export metrics, follow a policy that was replaced"
@@ -141,6 +150,7 @@ SYMBOLS = (
     FINISH_REQUESTS,
     MAKE_STATS,
     UPDATE_FROM_OUTPUT,
+    MAKE_OUTPUT,
     RUN_OUTPUT_HANDLER,
     LOAD_MODEL,
     EXECUTE_MODEL,
