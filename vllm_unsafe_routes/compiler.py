@@ -110,7 +110,9 @@ class PlanCompiler:
         """`base` with the forces of `delta` on top."""
         shape, width = self.shape, 2 + self.shape.top_k
         if len(delta) % width:
-            raise RouteError(f"{len(delta)} integers of delta are no multiple of {width}: layer, position, {shape.top_k} experts")
+            raise RouteError(
+                f"route_delta has {len(delta)} integers, no multiple of {width}: layer, position, {shape.top_k} experts"
+            )
         cells: list[tuple[int, int, bytes]] = []
         seen = set()
         for at in range(0, len(delta), width):

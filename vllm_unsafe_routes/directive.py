@@ -16,7 +16,8 @@ from .errors import RouteError
 Kind = Literal["disable", "allow", "force"]
 KINDS: tuple[Kind, ...] = ("disable", "allow", "force")
 SPANS = ("prompt", "generated", "all")
-_LIMIT = 1 << 31
+# Layers, positions and expert ids are smaller: they travel as int32.
+LIMIT = 1 << 31
 _MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -87,7 +88,7 @@ def integers(values: Any, what: str) -> tuple[int, ...]:
         raise RouteError(f"{what} must be a list of integers, got {values!r}")
     found = tuple(values)
     for value in found:
-        if type(value) is not int or not 0 <= value < _LIMIT:
+        if type(value) is not int or not 0 <= value < LIMIT:
             # Seldom: numpy's integers, or an error. A search makes too many plans to name every value beforehand.
             return tuple(_integer(value, f"{what}[{at}]") for at, value in enumerate(found))
     return found
@@ -96,8 +97,8 @@ def integers(values: Any, what: str) -> tuple[int, ...]:
 def _integer(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise RouteError(f"{what} must be an integer, got {value!r}")
-    if value < 0 or value >= _LIMIT:
-        raise RouteError(f"{what} {value} is out of range (0-{_LIMIT - 1})")
+    if value < 0 or value >= LIMIT:
+        raise RouteError(f"{what} {value} is out of range (0-{LIMIT - 1})")
     return int(value)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .directive import LIMIT
 from .errors import RouteError
 from .wire import PLAN_KEY, RETURN_ROUTES_KEY
 
@@ -112,7 +113,7 @@ class RouteExtras:
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RouteExtras | None:
-        """Read a request's extra args; None if nothing there is for us.
+        """Read a request's extra args; None if nothing is asked for there.
 
         Raises:
             RouteError: a value of a wrong type.
@@ -126,21 +127,20 @@ class RouteExtras:
         wants_routes = extra_args.get(RETURN_ROUTES_KEY, False)
         if isinstance(wants_routes, list) or wants_routes not in _TRUE + _FALSE:
             raise RouteError(f"{RETURN_ROUTES_KEY} must be true or false, got {wants_routes!r}")
+        delta = tuple(_flat_integers(extra_args.get(DELTA_KEY), DELTA_KEY))
         score = _flat_integers(extra_args.get(SCORE_KEY), SCORE_KEY)
-        return cls(
-            plan=plan,
-            delta=tuple(_flat_integers(extra_args.get(DELTA_KEY), DELTA_KEY)),
-            wants_routes=wants_routes in _TRUE,
-            score=ScoreSpec.from_flat(score) if score else None,
-        )
+        if plan is None and not delta and not score and wants_routes not in _TRUE:
+            return None
+        return cls(plan, delta, wants_routes in _TRUE, ScoreSpec.from_flat(score) if score else None)
 
 
 def _flat_integers(values: Any, key: str) -> list[int]:
     if values is None:
         return []
-    if not isinstance(values, list | tuple) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) and value == int(value) and 0 <= value < 1 << 31
-        for value in values
-    ):
+    if not isinstance(values, list | tuple):
         raise RouteError(f"{key} must be a flat list of non-negative integers, got {str(values)[:80]}")
-    return [int(value) for value in values]
+    found = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    for at, value in enumerate(found):
+        if type(value) is not int or not 0 <= value < LIMIT:
+            raise RouteError(f"{key}[{at}] must be an integer from 0 to {LIMIT - 1}, got {str(values[at])[:80]}")
+    return found

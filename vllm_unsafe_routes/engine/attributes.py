@@ -7,5 +7,5 @@ MONITOR = "unsafe_routes_monitor"
 # On a front end's `RequestState` the parts of its receipt, on a `ParentRequest` the receipts of its samples.
 PARTS = "unsafe_routes_receipt_parts"
 SAMPLES = "unsafe_routes_receipts"
-# `HttpAnswer` on the `RequestOutputCollector` of a request that came over HTTP.
+# On the `RequestOutputCollector` of a request that came over HTTP: its `HttpAnswer`, and which of the answer's requests it is.
 ANSWER = "unsafe_routes_answer"

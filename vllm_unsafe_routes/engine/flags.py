@@ -9,7 +9,9 @@ from typing import Any
 
 from ..errors import RouteError
 from ..policy import POLICY_MODES
-from .config import CONFIG_KEY
+from .config import CONFIG_KEY, RouteConfig
+
+_MIDDLEWARE = "vllm_unsafe_routes.engine.answers.RouteAnswers"
 
 
 def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,26 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         help="Noise of at most SCALE on router logits, so that a searched route is not repeatable; or an object with scale, "
         "seed and layers. Off by default. Tokens that a plan forces keep their routes.",
     )
+
+
+def fold_cli_arguments(args: argparse.Namespace) -> None:
+    """Turn the server's flags into settings that every process reads the same way.
+
+    Some servers start further API servers with the same `args`, and those read them before plugins are loaded.
+
+    Raises:
+        RouteError: a flag contradicts what `--additional-config` says, or a setting is wrong.
+
+    """
+    merged = merge_cli_arguments(getattr(args, "additional_config", None) or {}, args)
+    if merged.get(CONFIG_KEY) is not None:
+        # A policy's content, not its path: the file may change while the processes start.
+        args.additional_config = {**merged, CONFIG_KEY: RouteConfig.from_dict(merged[CONFIG_KEY]).to_dict()}
+        args.route_policy = args.route_policy_mode = args.route_jitter = None
+        args.enable_route_overrides = False
+    middleware = getattr(args, "middleware", None)
+    if middleware is not None and _MIDDLEWARE not in middleware:
+        args.middleware = [*middleware, _MIDDLEWARE]
 
 
 def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..extras import KEYS, SCORE_KEY, RouteExtras, ScoreSpec
 from ..plan import parse_plan
 from ..policy import ActivePolicy
 from ..wire import PLAN_KEY
+from .answers import current_answer
 from .config import RouteConfig, model_shape, route_config
 
 _GUARD = "unsafe_routes_guard"
@@ -66,13 +67,14 @@ class PlanGuard:
         """
         params = request.sampling_params
         try:
+            take_xargs(params)
             extras = RouteExtras.parse(params.extra_args if params is not None else None)
             if extras is not None:
                 self._check(request, params, extras)
                 self.num_accepted += extras.has_plan
         except RouteError as error:
             self.refused[error.reason] += 1
-            raise RouteRequestError(str(error), parameter=PLAN_KEY) from None
+            raise RouteRequestError(str(error), parameter=_parameter(str(error), params)) from None
 
     def _check(self, request: Any, params: Any, extras: RouteExtras) -> None:
         if self.config is None or self.compiler is None or not self.config.allow_overrides:
@@ -90,6 +92,30 @@ class PlanGuard:
             check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k)
         ours = extras.to_extra_args()
         params.extra_args = {**{key: value for key, value in params.extra_args.items() if key not in KEYS}, **ours}
+
+
+def _parameter(message: str, params: Any) -> str:
+    """Which of a request's parameters a message is about: it begins with it, or speaks of what the first one asks."""
+    given = [key for key in KEYS if params is not None and key in (params.extra_args or {})]
+    return next((key for key in given if message.startswith(key)), given[0] if given else PLAN_KEY)
+
+
+def take_xargs(params: Any) -> None:
+    """Give a request what the `vllm_xargs` of its HTTP request has for us, where the endpoint left them out.
+
+    Args:
+        params: vLLM's `SamplingParams`; None for pooling.
+
+    """
+    answer = current_answer()
+    if answer is None or (params is not None and any(key in KEYS for key in params.extra_args or ())):
+        return
+    ours = answer.xargs()
+    if not ours:
+        return
+    if params is None:
+        raise RouteError(f"{next(iter(ours))} cannot be honoured by a request that generates nothing")
+    params.extra_args = {**(params.extra_args or {}), **ours}
 
 
 def check_score(score: ScoreSpec, num_prompt: int, vocab_size: int) -> None:

@@ -47,6 +47,7 @@ def register() -> None:
         (symbols.FINISH_REQUESTS, _finish_requests),
         (symbols.MAKE_STATS, _make_stats),
         (symbols.UPDATE_FROM_OUTPUT, _update_from_output),
+        (symbols.EXPECT_OUTPUT, _expect_output),
         (symbols.MAKE_OUTPUT, _make_request_output),
         (symbols.RUN_OUTPUT_HANDLER, _run_output_handler),
         (symbols.LOAD_MODEL, _load_model),
@@ -129,11 +130,10 @@ def _add_cli_args(own: Any) -> Any:
 
 def _from_cli_args(own: Any) -> Any:
     def from_cli_args(cls: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
-        from .flags import merge_cli_arguments
+        from .flags import fold_cli_arguments
 
-        engine_args = own(cls, args, *more, **kwargs)
-        engine_args.additional_config = merge_cli_arguments(engine_args.additional_config, args)
-        return engine_args
+        fold_cli_arguments(args)
+        return own(cls, args, *more, **kwargs)
 
     return from_cli_args
 
@@ -152,11 +152,15 @@ def _process_inputs(own: Any) -> Any:
 def _to_beam_search_params(own: Any) -> Any:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         from ..extras import KEYS
+        from .answers import current_answer
         from .frontend import RouteRequestError
 
         ours = [key for key in KEYS if key in (self.vllm_xargs or {})]
         if ours:
             raise RouteRequestError(f"{ours[0]} cannot be honoured with use_beam_search", parameter=ours[0])
+        answer = current_answer()
+        if answer is not None:
+            answer.is_beam_search = True
         return own(self, *args, **kwargs)
 
     return to_beam_search_params
@@ -265,6 +269,20 @@ def _update_from_output(own: Any) -> Any:
         return outputs
 
     return update_from_output
+
+
+def _expect_output(own: Any) -> Any:
+    from .answers import current_answer
+
+    def add_request(
+        self: Any, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None, **kwargs: Any
+    ) -> None:
+        answer = current_answer()
+        if answer is not None and queue is not None:
+            answer.attach(queue)
+        own(self, request, prompt, parent_req, request_index, queue, **kwargs)
+
+    return add_request
 
 
 def _make_request_output(own: Any) -> Any:

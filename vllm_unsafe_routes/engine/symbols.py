@@ -110,6 +110,12 @@ UPDATE_FROM_OUTPUT = Symbol(
     ("self", "scheduler_output", "model_runner_output"),
     "send the front end what a receipt says",
 )
+EXPECT_OUTPUT = Symbol(
+    "vllm.v1.engine.output_processor",
+    "OutputProcessor.add_request",
+    ("self", "request", "prompt", "parent_req", "request_index", "queue"),
+    "know which HTTP request it is for",
+)
 MAKE_OUTPUT = Symbol(
     "vllm.v1.engine.output_processor",
     "RequestState.make_request_output",
@@ -150,6 +156,7 @@ SYMBOLS = (
     FINISH_REQUESTS,
     MAKE_STATS,
     UPDATE_FROM_OUTPUT,
+    EXPECT_OUTPUT,
     MAKE_OUTPUT,
     RUN_OUTPUT_HANDLER,
     LOAD_MODEL,
