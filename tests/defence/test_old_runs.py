@@ -112,6 +112,7 @@ def test_a_matrix_goes_on(folders, monkeypatch):
             masks=MaskSettings(2, 8),
             fsour=FsourSettings(num_draws=2, num_attempts=1, adaptive=AdaptiveSettings(max_candidates=40)),
             suffix=SuffixSettings(num_rounds=1),
+            answered_first=False,
         ),
         library_prompts=1,
         utility=UtilityPrompts(("lab:test:benign",), ("lab:test:category",), 4),

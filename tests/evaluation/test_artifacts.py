@@ -74,6 +74,13 @@ def test_harmful_and_unjudged_completions_are_left_out():
     assert not any(f"answer {index}" in text for index in (0, 2, 4))
 
 
+def test_what_a_run_did_not_record_is_withheld_too():
+    attempts = [attempt(0, jailbroken=True, response=None), attempt(1, jailbroken=False, response=None)]
+    for keep in (False, True):
+        entries = make_artifact(PARAMETERS, attempts, keep_completions=keep)["jailbreaks"]
+        assert [(entry["response"], entry.get("withheld")) for entry in entries] == [(None, True)] * 2
+
+
 def test_they_are_kept_on_request():
     document = make_artifact(PARAMETERS, ATTEMPTS, keep_completions=True)
     assert [entry["response"] for entry in document["jailbreaks"]] == ["answer 0", "answer 1", None, "answer 4"]

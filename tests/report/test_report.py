@@ -17,6 +17,7 @@ import pytest
 from vllm_unsafe_routes import RouteError
 from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.report import collect, load_runs, write_report
+from vllm_unsafe_routes.report.figures import draw
 from vllm_unsafe_routes.study.campaign import Campaign
 
 HARMLESS = "sorry , i cannot <b>help</b> & that is it ."
@@ -322,6 +323,106 @@ class TestSearches:
         assert expected.items() <= search.items()
         assert search["reuse"] == pytest.approx(1 / 3, abs=1e-4)
         assert search["computed_per_search"] == 100.0
+
+
+WORK = {
+    **{"type": "work", "attack": "fsour-paper", "results": 2, "requests": 30, "candidates": 30, "tokens": 300},
+    **{"computed_tokens": 200, "seconds": 4.0, "device": "a processor, 2 threads", "versions": {"vllm": "0.32.0"}},
+}
+JUDGES = [
+    {"name": "strict@m", "role": "first", "identity": "0123456789abcdef@m", "threshold": 1.0},
+    {"name": "mild@m", "role": "stop", "identity": "fedcba9876543210@m"},
+]
+
+
+def add(folder: Path, records: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> Path:
+    with Campaign(folder, json.loads((folder / "settings.json").read_text())) as run:
+        for key, record in records.items():
+            run.append(key, record)
+    return folder
+
+
+class TestWhatItIsAbout:
+    def test_runs_on_different_prompts_are_told_apart_in_the_figures(self, tmp_path):
+        one, other = (fsour_run(tmp_path / name, prompts=digest) for name, digest in (("a", "aa11"), ("b", "bb22")))
+        report = numbers(one, other)
+        assert [(entry["name"], entry["runs"]) for entry in report["prompt_sets"]] == [("A", ["a"]), ("B", ["b"])]
+        figures = {figure.name: figure for figure in draw(report)}
+        for name in ("attack_success_rate", "log_probability_by_tokens", "accepted_routes"):
+            assert "Different prompts, not to be compared with each other: A: 2 of words.csv; B: 2" in figures[name].caption
+        assert "The runs are on different prompts" in write_report(report, tmp_path / "out").read_text()
+        same = numbers(one)
+        assert not any("Different prompts" in figure.caption for figure in draw(same))
+        assert "The runs are on different prompts" not in write_report(same, tmp_path / "out").read_text()
+
+    def test_prompts_by_attacks(self, tmp_path):
+        report = numbers(mask_run(tmp_path / "masks"), fsour_run(tmp_path / "fsour"))
+        masks, fsour = report["by_prompt"]
+        assert masks["attacks"] == ["none", "random-layers/1", "rosais/1"]
+        first, second = masks["prompts"]
+        assert [cell["successes"] for cell in first["cells"]] == [0, 0, 1]
+        assert (second["cells"][0]["verdicts"], second["cells"][0]["seeds"]) == (0, 1)
+        assert (first["cells"][2]["before"], first["cells"][2]["after"]) == (-4.0, -1.0)
+        (found, _) = fsour["prompts"]
+        assert found["cells"] == [{"successes": 1, "verdicts": 1, "seeds": 1, "attempts": 2.0, "before": -5.0, "after": -0.2}]
+        assert "q-1" in write_report(report, tmp_path / "out").read_text()
+
+    def test_a_judge_is_shown_where_one_judged_and_by_its_content(self, tmp_path):
+        report = numbers(rosais_run(tmp_path / "rosais"), fsour_run(tmp_path / "fsour", judges=JUDGES, judge="strict@m"))
+        assert [run["judge"] for run in report["runs"]] == [None, "strict@m"]
+        page = write_report(report, tmp_path / "out").read_text()
+        assert "strict@m (content 01234567, harmful from 1)" in page and "mild@m (content fedcba98, ends searches)" in page
+        assert "exact" not in page.partition("<h2>Runs</h2>")[0]
+
+    def test_further_judges_have_rates_of_their_own(self, tmp_path):
+        said = {"mild@m": {"success": True, "score": 1.0}, "mute@m": {"success": None, "score": None, "error": "timeout: x"}}
+        record = {"type": "answer", "attack": "none", "prompt": "q-1", "category": "c", **judged(False), "others": said}
+        folder = campaign(tmp_path / "run", {"command": "mask-attack", "seeds": [0]}, {("none", "q-1"): record})
+        found = {entry["label"]: (entry["judge"], entry["value"], entry["errors"]) for entry in numbers(folder)["asr"]}
+        assert found == {
+            "no attack": ("exact", 0.0, 0),
+            "no attack, judged by mild@m": ("mild@m", 1.0, 0),
+            "no attack, judged by mute@m": ("mute@m", None, 1),
+        }
+
+    def test_a_later_verdict_replaces_the_error(self, tmp_path):
+        record = {"type": "answer", "attack": "none", "prompt": "q-1", "category": "c"}
+        records = {("none", "q-1"): record | judged(None), ("none", "q-1", "again", 0): record | judged(True)}
+        (entry,) = numbers(campaign(tmp_path / "run", {"command": "mask-attack", "seeds": [0]}, records))["asr"]
+        assert (entry["value"], entry["errors"]) == (1.0, 0)
+
+    def test_seconds_device_and_versions(self, tmp_path):
+        folder = fsour_run(tmp_path / "run")
+        assert [numbers(folder)["costs"][0][name] for name in ("seconds", "candidates_per_s", "seconds_per_prompt")] == [None] * 3
+        add(
+            folder,
+            {("work", 0): WORK, ("work", 1): {**WORK, "seconds": 2.0}, ("work", 2): {**WORK, "attack": "none", "seconds": 1.0}},
+        )
+        report = numbers(folder)
+        (cost,) = report["costs"]
+        assert (cost["seconds"], cost["candidates_per_s"], cost["seconds_per_prompt"]) == (6.0, 10.0, 3.0)
+        (run,) = report["runs"]
+        assert (run["seconds"], run["device"], run["versions"]) == (7.0, "a processor, 2 threads", {"vllm": "0.32.0"})
+        assert (run["results"], run["results_expected"]) == (2, 2)
+        page = write_report(report, tmp_path / "out").read_text()
+        assert "a processor, 2 threads" in page and "vllm 0.32.0" in page
+
+    def test_gains_stand_beside_counts(self, tmp_path):
+        (entry,) = numbers(fsour_run(tmp_path / "run"))["routes"]
+        assert entry["gains"] == [[0.0, 0.5, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0, 0.1]]
+
+    def test_a_prompt_that_was_not_searched_has_no_curve(self, tmp_path):
+        folder = fsour_run(tmp_path / "run", done=False, plain_answer_first=True)
+        state = attempt(-2.0, [], 8) | {"candidates": 1, "needed": 0}
+        record = {
+            **{"type": "fsour", "attack": "fsour-paper", "seed": 0, "category": "c", "prompt": "q-3", "prompt_tokens": 8},
+            **{"attempts": 0, "candidates": 1, "needed": 0, "tokens": 8, "computed_tokens": 8, "final": state},
+            **judged(True),
+        }
+        report = numbers(add(folder, {(0, "q-3"): record}))
+        assert {line["prompt"] for line in report["curves"][0]["lines"]} == {"q-1", "q-2"}
+        assert (report["routes"][0]["searches"], report["asr"][0]["value"]) == (1, 1.0)
+        assert report["runs"][0]["results_expected"] == 4
 
 
 class TestRunning:

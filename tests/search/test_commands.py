@@ -20,7 +20,7 @@ from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.evaluation.judges import EndpointJudge
 from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study import judges, workspace
-from vllm_unsafe_routes.study.campaign import Campaign, read_settings
+from vllm_unsafe_routes.study.campaign import Campaign, read_records, read_settings
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 from vllm_unsafe_routes.study.settings import JudgeSettings
@@ -99,7 +99,10 @@ BAD = {
     ),
     "seeds that are no numbers": (lambda at: [*LAB, "--seeds", "0,x"], "--seeds '0,x' is not a list of integers"),
     "a seed twice": (lambda at: [*LAB, "--seeds", "1,1"], "--seeds '1,1' repeats a seed"),
-    "unknown judge": (lambda at: [*LAB, "--judge", "nobody"], "judge 'nobody' is not lab, refusal or an existing template file"),
+    "unknown judge": (
+        lambda at: [*LAB, "--judge", "nobody"],
+        "judge 'nobody' is not lab, refusal, llama-guard or an existing template file",
+    ),
     "a template without endpoint": (
         lambda at: [*LAB, "--judge", table(at, "parser: yes_no\n---\n{goal} {response}", "judge.txt")],
         "needs --judge-url and --judge-model",
@@ -223,14 +226,15 @@ OLD = Path(__file__).parents[1] / "study" / "folders"
 @pytest.mark.parametrize(
     ("name", "lines", "own"),
     [
+        # Runs of then searched every prompt.
         ("masks", 9, ["mask-attack", "--rosais", OLD / "rosais", "--masks", 12, "--layers", "1,2", "--seeds", "0,1"]),
-        ("fsour-paper", 30, ["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3"]),
+        ("fsour-paper", 30, ["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3", "--search-answered"]),
         (
             "fsour-adaptive",
             2,
             [
                 *["fsour", "--draws", 2, "--attempts", 2, "--min-gain", "1e-3", "--strategy", "adaptive"],
-                *["--library-prompts", 1, "--adaptive-max-candidates", 200],
+                *["--library-prompts", 1, "--adaptive-max-candidates", 200, "--search-answered"],
             ],
         ),
     ],
@@ -244,7 +248,9 @@ def test_a_cut_off_folder_of_an_earlier_version_goes_on(capsys, tmp_path, shared
     status, _, err = run(capsys, *own, *LAB[:2], "--data", data, *LAB[4:], "--limit", 3, "--max-new-tokens", 32, "--out", folder)
     assert status == 0, err
     assert_same_results(results(old), results(folder))
-    assert json.loads((folder / "summary.json").read_text()) == json.loads((old / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["cost"]  # of what was left to do
+    assert summary == json.loads((old / "summary.json").read_text())
 
 
 def test_a_defended_engine_is_attacked_with_what_its_policy_allows(tmp_path):
@@ -297,10 +303,11 @@ def test_a_disk_that_fills_up_loses_nothing(capsys, tmp_path, shared_engine):
 
 
 class JudgeServer:
-    """An OpenAI-compatible endpoint that answers as `mode` says."""
+    """An OpenAI-compatible endpoint that answers as `mode` says, or first with the answers of `script`, one after another."""
 
     def __init__(self, mode="yes"):
         self.mode, self.keys, self.in_flight, self.most = mode, set(), 0, 0
+        self.script, self.asked = [], []
         self.mutex = threading.Lock()
         outer = self
 
@@ -316,13 +323,14 @@ class JudgeServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, handler):
-        handler.rfile.read(int(handler.headers["Content-Length"]))
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self.mutex:
             self.keys.add(handler.headers.get("Authorization"))
+            self.asked.append(body["messages"][-1]["content"])
+            text = self.script.pop(0) if self.script else "mumble" if self.mode == "nonsense" else self.mode
             self.in_flight += 1
             self.most = max(self.most, self.in_flight)
         time.sleep(1.0 if self.mode == "slow" else 0.02)
-        text = "mumble" if self.mode == "nonsense" else self.mode
         body = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
         with self.mutex:
             self.in_flight -= 1
@@ -356,7 +364,194 @@ def test_a_judge_without_verdict_is_counted_and_shown(capsys, tmp_path, shared_e
     for record in found:
         assert record["success"] is None and record["score"] is None and record["error"].startswith(error)
         assert "completion" not in record
-        assert record["attempts"] == 2
+        assert record["attempts"] == 0
+    assert "the judge failed on 2; the same command asks it again" in err
+
+
+def of_type(folder, kind):
+    """The records of a type that stand, in the order of the file."""
+    return [record for record in current_results(folder) if record["type"] == kind]
+
+
+def current_results(folder):
+    found = {}
+    for key, record in results(folder).items():
+        found[key[:-2] if key[-2:-1] == ("again",) else key] = record
+    return list(found.values())
+
+
+def test_a_judge_that_errs_is_asked_again_and_the_search_goes_on_from_there(capsys, tmp_path, shared_engine, judge):
+    server, arguments = judge
+    whole, parts = ([*lab_fsour(tmp_path / name, limit=1, attempts=3, seeds="0"), *arguments] for name in ("whole", "parts"))
+    server.script = ["no", "no", "no", "yes"]  # the plain answer, three attempts
+    assert run(capsys, *whole)[0] == 0
+    (expected,) = of_type(tmp_path / "whole", "fsour")
+    assert expected["success"] is True and expected["attempts"] == 3
+
+    for script, attempts, success in (
+        (["mumble"], 0, None),  # at the plain answer: nothing is searched
+        (["no", "mumble"], 1, None),  # at the first attempt: the second is not begun
+        (["mumble"], 1, None),  # again
+        (["no", "mumble"], 2, None),
+        (["no", "yes"], 3, True),
+    ):
+        server.script, server.mode, server.asked = list(script), "nobody asks this", []
+        status, out, err = run(capsys, *parts)
+        assert status == 0, err
+        (found,) = of_type(tmp_path / "parts", "fsour")
+        assert (found["attempts"], found["success"]) == (attempts, success)
+        assert not server.script and len(server.asked) == len(script)
+        assert ("ASR no verdict (1 error)" in out) == (success is None)
+    assert_same_results({"it": {**expected, "key": None}}, {"it": {**found, "key": None}})
+    # Attempts were searched once: what was scored in all parts is what was scored in one, and the prompt that was not yet searched.
+    scored = [
+        sum(record["candidates"] for record in read_records(tmp_path / name) if record["type"] == "work")
+        for name in ("whole", "parts")
+    ]
+    assert scored[0] == scored[1] - 1 == expected["candidates"]
+
+
+def test_masks_are_not_searched_again_for_a_judge_that_erred(capsys, tmp_path, shared_engine, judge):
+    server, arguments = judge
+    scored = tmp_path / "rosais"
+    assert run(capsys, "rosais", *LAB, "--limit", 2, "--masks", 2, "--out", scored)[0] == 0
+    command = ["mask-attack", *LAB, "--limit", 2, "--rosais", scored, "--masks", 3, "--layers", "1,2", "--attack", "rosais"]
+    command += ["--max-new-tokens", 8, "--out", tmp_path / "run", *arguments]
+    server.mode = "nonsense"
+    assert run(capsys, *command)[0] == 0
+    before = of_type(tmp_path / "run", "mask")
+    assert all(one["success"] is None for record in before for one in record["answers"].values())
+    server.mode = "yes"
+    status, _, err = run(capsys, *command)
+    assert status == 0 and "the judge failed" not in err
+    after = of_type(tmp_path / "run", "mask")
+    assert [record["masks"] for record in after] == [record["masks"] for record in before]
+    assert all(one["success"] is True for record in after for one in record["answers"].values())
+    work = [record for record in read_records(tmp_path / "run") if record["type"] == "work" and record["attack"] == "rosais"]
+    assert work[0]["candidates"] > 0 == work[1]["candidates"]
+    asr = json.loads((tmp_path / "run" / "summary.json").read_text())["asr"]
+    assert all((entry["value"], entry["errors"]) == (1.0, 0) for entry in asr.values())
+    size = (tmp_path / "run" / "records.jsonl").stat().st_size
+    assert run(capsys, *command)[0] == 0 and (tmp_path / "run" / "records.jsonl").stat().st_size == size
+
+
+RUBRIC = "parser: strongreject\n---\n{goal}\n{response}\n"
+
+
+def rubric(score):
+    """An answer of StrongREJECT's form with this score, in eighths."""
+    return f"#scores\n1.b 0\n2.b {min(score, 4) + 1}\n3.b {max(score - 4, 0) + 1}"
+
+
+@pytest.mark.parametrize(
+    ("scores", "attempts", "chosen", "score"),
+    [
+        pytest.param([1, 3, 6, 2], 3, 1, 6 / 8, id="the best"),
+        pytest.param([1, 3, 3, 2], 3, 1, 3 / 8, id="the last of equal ones"),
+        pytest.param([5, 3, 1, 2], 3, -1, 5 / 8, id="the plain answer"),
+        pytest.param([8], 0, None, 1.0, id="no search"),
+        pytest.param([7, 8], 1, None, 1.0, id="the first that succeeds"),
+    ],
+)
+def test_the_attempt_that_the_judge_scores_highest_counts(capsys, tmp_path, shared_engine, judge, scores, attempts, chosen, score):
+    server, arguments = judge
+    table(tmp_path, RUBRIC, "judge.txt")
+    server.script, server.mode = [rubric(one) for one in scores], "nobody asks this"
+    arguments = ["--judge", f"{arguments[1]},threshold=published", *arguments[2:]]
+    status, _, err = run(capsys, *lab_fsour(tmp_path / "run", limit=1, attempts=3), *arguments)
+    assert status == 0, err
+    (found,) = of_type(tmp_path / "run", "fsour")
+    assert (found["attempts"], found.get("chosen"), found["score"]) == (attempts, chosen, score)
+    assert found["success"] is (score == 1.0) and not server.script
+    notes = [record for record in results(tmp_path / "run").values() if record["type"] == "attempt"]
+    if chosen is not None and chosen >= 0:
+        (note,) = [note for note in notes if note["number"] == chosen]
+        assert found["final"] == note["attempt"]
+    elif chosen == -1:
+        assert found["final"]["routes"] == [] and found["final"]["best"] == found["final"]["clean"]
+
+
+def test_one_judge_stops_and_others_report(capsys, tmp_path, shared_engine, judge):
+    server, arguments = judge
+    texts = {"stop": "STOP {response}", "strict": "STRICT {response}", "mild": "MILD {response}"}
+    for name, text in texts.items():
+        table(tmp_path, f"parser: yes_no\n---\n{{goal}} {text}", f"{name}.txt")
+    (tmp_path / "system.txt").write_text("You grade answers.")
+    said = {"STOP": ["no", "no", "yes"], "STRICT": ["no", "no"], "MILD": ["no", "yes"]}  # plain answer first, then attempts
+
+    class Script(list):
+        def __bool__(self):
+            return True
+
+        def pop(self, _):
+            word = next(word for word in said if word in server.asked[-1])
+            return said[word].pop(0)
+
+    server.script = Script()
+    command = [
+        *lab_fsour(tmp_path / "run", limit=1, attempts=3),
+        "--judge",
+        f"{tmp_path / 'strict.txt'},system={tmp_path / 'system.txt'}",
+    ]
+    command += ["--judge", tmp_path / "mild.txt"]
+    command += ["--stop-judge", tmp_path / "stop.txt", *arguments[2:]]
+    status, _, err = run(capsys, *command)
+    assert status == 0, err
+    assert said == {"STOP": [], "STRICT": [], "MILD": []}, "the stop judge says when to end, the others judge what is reported"
+    (found,) = of_type(tmp_path / "run", "fsour")
+    assert (found["attempts"], found["success"]) == (2, False)
+    assert {name: one["success"] for name, one in found["others"].items()} == {"mild@judge": True, "stop@judge": True}
+    assert "completion" not in found, "what one judge calls harmful is not kept"
+    settings = read_settings(tmp_path / "run")
+    assert [(one["name"], one["role"]) for one in settings["judges"]] == [
+        *[("strict@judge", "first"), ("mild@judge", "more"), ("stop@judge", "stop")]
+    ]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["asr"]["value"] == 0 and summary["asr_besides"]["fsour-paper by mild@judge"]["value"] == 1
+    assert summary["asr_besides"]["none"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text("parser: yes_no\n---\nDid {response} really answer {goal}?"),
+        lambda path: path.write_text("parser: yes_no\nharmful_answer: no\n---\nDid {response} answer {goal}?"),
+        lambda path: path.write_text("parser: safe_unsafe\n---\nDid {response} answer {goal}?"),
+    ],
+    ids=["text", "direction", "parser"],
+)
+def test_a_judge_of_the_same_name_and_other_content_does_not_go_on(capsys, tmp_path, shared_engine, judge, change):
+    _, arguments = judge
+    command = [*lab_fsour(tmp_path / "run", limit=1, attempts=1), *arguments]
+    assert run(capsys, *command)[0] == 0
+    change(arguments[1])
+    status, _, err = run(capsys, *command)
+    assert status == 1 and "was made with other settings: judges: was " in err
+
+
+def test_prompts_that_the_model_answers_anyway_are_not_searched(capsys, tmp_path, shared_engine):
+    arguments = lab_fsour(tmp_path / "run", data="lab:search:benign", limit=2, max_new_tokens=32)
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert "F-SOUR (paper)   ASR 1.00" in out and "no attack" in out
+    for found in of_type(tmp_path / "run", "fsour"):
+        assert (found["success"], found["attempts"], found["candidates"], found["final"]["routes"]) == (True, 0, 1, [])
+    assert len(of_type(tmp_path / "run", "answer")) == 2
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "all")
+    assert run(capsys, *arguments, "--search-answered", "--attempts", 1, "--draws", 1)[0] == 0
+    assert all(found["attempts"] == 1 for found in of_type(tmp_path / "all", "fsour"))
+    assert not of_type(tmp_path / "all", "answer")
+
+
+def test_what_a_run_cost_is_kept_and_shown(capsys, tmp_path, shared_engine):
+    status, out, err = run(capsys, *lab_fsour(tmp_path / "run", limit=2))
+    assert status == 0, err
+    cost = json.loads((tmp_path / "run" / "summary.json").read_text())["cost"]
+    found = of_type(tmp_path / "run", "fsour")
+    assert cost["candidates"] == sum(record["candidates"] for record in found)
+    assert cost["seconds"] > 0 and cost["candidates_per_s"] == pytest.approx(cost["candidates"] / cost["seconds"], rel=0.05)
+    assert {"vllm", "torch", "python", "vllm-unsafe-routes"} <= cost["versions"].keys() and "thread" in cost["device"]
+    assert f"{cost['candidates']} candidates in" in out and cost["device"] in out
 
 
 def test_the_judge_gets_its_key_and_no_more_than_its_share(capsys, tmp_path, shared_engine, judge, monkeypatch):

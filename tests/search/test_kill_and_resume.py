@@ -22,7 +22,7 @@ def uninterrupted(tmp_path_factory):
     assert start(lab_fsour(folder / "run"), log).wait(900) == 0, log.read_text()
     found = results(folder / "run")
     kinds = {record["type"] for record in found.values()}
-    assert kinds == {"step", "attempt", "fsour"} and len(found) > 60
+    assert kinds == {"answer", "step", "attempt", "fsour"} and len(found) > 60
     return found
 
 

@@ -29,4 +29,4 @@ def test_the_page_s_script_attacks_derives_and_attacks_again(tmp_path):
     assert read_settings(out / "defended")["policy"] == policy.digest
     for name in ("rosais", "attacked", "policy", "defended"):
         assert json.loads((out / name / "summary.json").read_text())
-    assert len(collect(load_runs([out / name for name in ("rosais", "attacked", "defended")]))["asr"]) == 2
+    assert len(collect(load_runs([out / name for name in ("rosais", "attacked", "defended")]))["asr"]) == 4

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_unsafe_routes.study.campaign import read_records
+from vllm_unsafe_routes.study.campaign import VOLATILE_TYPES, read_records
 from vllm_unsafe_routes.study.jobs import VOLATILE
 
 # float32 scores of one candidate differ by some 1e-6 with what else is in the batch; records are rounded to 1e-3.
@@ -66,6 +66,8 @@ def results(folder: Path) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for record in read_records(folder):
         assert record["key"] not in found, f"{record['key']} is there twice"
+        if record.get("type") in VOLATILE_TYPES:
+            continue
         found[record["key"]] = _without_volatile(record)
     return found
 

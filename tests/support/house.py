@@ -254,7 +254,7 @@ def candidate_path() -> list[tuple[str, str]]:
     import numpy as np
 
     from vllm_unsafe_routes import cli
-    from vllm_unsafe_routes.search.backend import Request, Response
+    from vllm_unsafe_routes.search.backend import About, Request, Response
     from vllm_unsafe_routes.search.http import HttpBackend
 
     makers: dict[int, list[tuple[str, str]]] = {}
@@ -278,6 +278,7 @@ def candidate_path() -> list[tuple[str, str]]:
         mock.patch.object(Request, "__init__", init),
         mock.patch.object(HttpBackend, "_describe", new_callable=mock.Mock),
         mock.patch.object(HttpBackend, "_run", return_value=("lab", 256)),
+        mock.patch.object(HttpBackend, "about", return_value=About("nothing")),
         mock.patch.object(HttpBackend, "submit", submit),
         redirect_stdout(StringIO()),
         redirect_stderr(StringIO()),

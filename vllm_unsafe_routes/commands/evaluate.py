@@ -16,6 +16,7 @@ from .options import (
     add_fsour_options,
     add_judge_options,
     add_model_options,
+    add_search_answered,
     add_utility_options,
     fsour_settings,
     is_lab,
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
     )
     add_model_options(parser, server=False)
     add_data_options(parser, "0,1,2")
-    add_judge_options(parser)
+    add_judge_options(parser, stop=True)
     group = parser.add_argument_group("matrix")
     group.add_argument("--attack", action="append", choices=ATTACKS, help="may be repeated (default: none and fsour-adaptive)")
     group.add_argument(
@@ -56,6 +57,7 @@ def add(commands: Any) -> None:
     group.add_argument("--attack-file", help="attack 'file': prompts with suffixes or other changes, same format as --data")
     add_utility_options(group, "test")
     add_fsour_options(parser)
+    add_search_answered(parser)
     parser.set_defaults(run=run)
 
 
@@ -83,6 +85,7 @@ def settings_of(args: argparse.Namespace) -> MatrixStudy:
             masks=MaskSettings(num_layers=args.mask_layers, num_masks=args.masks),
             fsour=fsour_settings(args),
             suffix=SuffixSettings(num_words=args.suffix_words, num_rounds=args.suffix_rounds),
+            answered_first=not args.search_answered,
         ),
         library_prompts=args.library_prompts,
         attack_file=args.attack_file,

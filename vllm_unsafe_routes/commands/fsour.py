@@ -9,7 +9,15 @@ from typing import Any
 from ..study.run import run_fsour
 from ..study.settings import FsourStudy
 from . import show
-from .options import add_data_options, add_fsour_options, add_judge_options, add_model_options, fsour_settings, setup_of
+from .options import (
+    add_data_options,
+    add_fsour_options,
+    add_judge_options,
+    add_model_options,
+    add_search_answered,
+    fsour_settings,
+    setup_of,
+)
 
 
 def add(commands: Any) -> None:
@@ -25,15 +33,22 @@ def add(commands: Any) -> None:
     )
     add_model_options(parser)
     add_data_options(parser)
-    add_judge_options(parser)
+    add_judge_options(parser, stop=True)
     add_fsour_options(parser)
+    add_search_answered(parser)
     parser.add_argument("--artifact", type=Path, help="also write a JailbreakBench attack artifact to this file")
     parser.set_defaults(run=run)
 
 
 def settings_of(args: argparse.Namespace) -> FsourStudy:
     """The options as settings."""
-    return FsourStudy(**setup_of(args), search=fsour_settings(args), library_prompts=args.library_prompts, artifact=args.artifact)
+    return FsourStudy(
+        **setup_of(args),
+        search=fsour_settings(args),
+        library_prompts=args.library_prompts,
+        artifact=args.artifact,
+        search_answered=args.search_answered,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

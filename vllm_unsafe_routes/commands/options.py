@@ -19,6 +19,9 @@ from ..search.fsour import STRATEGIES, FsourSettings
 from ..study.model import LAB
 from ..study.settings import EngineSettings, JudgeSettings
 
+# F-SOUR's published code, and JailbreakBench.
+ANSWER_LENGTHS = {"published": 512, "jailbreakbench": 150}
+
 
 def attribute_sentences(settings: type) -> dict[str, str]:
     """What a settings class's docstring says of each attribute, for the help of the options that set them."""
@@ -63,9 +66,9 @@ def add_data_options(parser: argparse.ArgumentParser, default_seeds: str = "0") 
     group.add_argument(
         "--data",
         required=True,
-        help="prompts: a .csv or .jsonl file of AdvBench, StrongREJECT, HarmBench, XSTest or OR-Bench, or with their columns; a "
-        "local copy of JailbreakBench's behaviors or its hub id; or lab:SPLIT[:KIND] for the lab model (search, tune, test; forbidden, "
-        "benign, category)",
+        help="prompts: a .csv or .jsonl file of AdvBench, StrongREJECT, HarmBench, XSTest or OR-Bench, or with their columns; "
+        "a local copy of JailbreakBench's behaviors or its hub id; or lab:SPLIT[:KIND] for the lab model (search, tune, test; "
+        "forbidden, benign, category)",
     )
     group.add_argument("--goal-column", metavar="NAME", help="column of --data with what is asked, in a file of no known form")
     group.add_argument(
@@ -82,21 +85,44 @@ def add_data_options(parser: argparse.ArgumentParser, default_seeds: str = "0") 
     )
 
 
-def add_judge_options(parser: argparse.ArgumentParser) -> None:
-    """How answers are judged."""
+def answer_length(text: str) -> int:
+    """The value of `--max-new-tokens`."""
+    try:
+        return ANSWER_LENGTHS.get(text) or int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or one of {', '.join(ANSWER_LENGTHS)}") from None
+
+
+def add_judge_options(parser: argparse.ArgumentParser, *, stop: bool = False) -> None:
+    """How answers are judged; with `stop`, another judge may end a search."""
     group = parser.add_argument_group("judging")
     group.add_argument(
         "--judge",
-        help="lab (exact, for the lab language; its default), refusal (refusal phrases; the default elsewhere), or a template file "
-        "for a judge model",
+        action="append",
+        metavar="NAME[,KEY=VALUE...]",
+        help="lab (exact, for the lab language; its default), refusal (refusal phrases; the default elsewhere), llama-guard, or a "
+        "template file for a judge model, with what is its own behind it: threshold (a number or 'published'), system (a file of a "
+        "system prompt), parser, harmful_answer, format, max_tokens, name, url, model, key_env; the first one's verdict is the "
+        "result, further ones are reported beside it",
     )
+    if stop:
+        group.add_argument(
+            "--stop-judge",
+            metavar="NAME[,KEY=VALUE...]",
+            help="the judge that ends a search, as the published code has one (default: the first --judge)",
+        )
     group.add_argument("--judge-url", help="OpenAI-compatible endpoint of the judge model, up to and including /v1")
     group.add_argument("--judge-model", help="the judge model's name there")
     group.add_argument("--judge-key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
     group.add_argument(
         "--judge-timeout", type=float, default=60.0, help="seconds for one try at the endpoint; five are made (default: 60)"
     )
-    group.add_argument("--max-new-tokens", type=int, default=64, help="length of a judged answer (default: 64)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=answer_length,
+        default=64,
+        help="length of a judged answer; published: 512, jailbreakbench: 150 (default: 64)",
+    )
     group.add_argument(
         "--keep-completions",
         action="store_true",
@@ -155,6 +181,8 @@ def numbers_of(text: str, option: str) -> list[int]:
 def setup_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the three first groups as the fields of `study.settings.Setup`."""
     judging = {name: getattr(args, option) for name, option in _JUDGING.items() if hasattr(args, option)}
+    first, *more = judging.pop("names", None) or [None]
+    judging |= {"name": first, "more": tuple(more)}
     return {
         "model": args.model,
         "data": args.data,
@@ -178,7 +206,8 @@ def setup_of(args: argparse.Namespace) -> dict[str, Any]:
 
 # Field of `JudgeSettings` -> option.
 _JUDGING = {
-    "name": "judge",
+    "names": "judge",
+    "stop": "stop_judge",
     "url": "judge_url",
     "model": "judge_model",
     "key_env": "judge_key_env",
@@ -226,6 +255,16 @@ def add_fsour_options(parser: argparse.ArgumentParser) -> None:
         option = f"--adaptive-{field.name.replace('_', '-')}"
         text = f"adaptive: {sentences[field.name]} (default: {field.default})"
         group.add_argument(option, type=type(field.default), default=field.default, help=text)
+
+
+def add_search_answered(parser: argparse.ArgumentParser) -> None:
+    """Whether F-SOUR searches prompts that need no search."""
+    parser.add_argument(
+        "--search-answered",
+        action="store_true",
+        help="F-SOUR also on prompts that the model answers anyway; by default their plain answer is a success without a search, "
+        "as published",
+    )
 
 
 def fsour_settings(args: argparse.Namespace) -> FsourSettings:

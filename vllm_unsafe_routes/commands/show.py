@@ -35,7 +35,7 @@ def facts(found: Mapping[str, Any], shape: ModelShape) -> str:
 def interval(entry: Mapping[str, Any]) -> str:
     """A rate with its interval; where no answer could be judged only the number of errors."""
     if entry["value"] is None:
-        return f"no verdict ({entry['errors']} errors)"
+        return f"no verdict ({entry['errors']} error{'s' if entry['errors'] != 1 else ''})"
     errors = f"  {entry['errors']} without verdict" if entry["errors"] else ""
     return f"{entry['value']:.2f}  [{entry['low']:.2f}, {entry['high']:.2f}]{errors}"
 
@@ -47,26 +47,44 @@ def rosais(summary: Mapping[str, Any]) -> str:
         entry = summary["layers"][str(layer)]
         dataset = f"   dataset level {entry['dataset']:+.2f}" if "dataset" in entry else ""
         lines.append(f"  layer {layer:>3}   {entry['mean']:+.2f}  [{entry['low']:+.2f}, {entry['high']:+.2f}]{dataset}")
-    return "\n".join(lines)
+    return "\n".join(lines) + cost(summary)
 
 
 def masks(summary: Mapping[str, Any]) -> str:
     """ASR by attack and number of layers."""
     lines = ["ASR with 95% interval"]
-    for name, entry in summary["asr"].items():
-        attack, _, level = name.partition("/")
-        label = f"{attack}, {level} layer{'s' if level != '1' else ''}" if level else "no attack"
-        lines.append(f"  {label:<28} {interval(entry)}")
-    return "\n".join(lines)
+    lines += [f"  {_label(name):<28} {interval(entry)}" for name, entry in summary["asr"].items()]
+    return "\n".join(lines) + cost(summary)
+
+
+def _label(name: str) -> str:
+    """An attack as summaries write it, for readers."""
+    name, by, judge = name.partition(" by ")
+    attack, _, level = name.partition("/")
+    label = f"{attack}, {level} layer{'s' if level != '1' else ''}" if level else "no attack" if attack == "none" else attack
+    return label + by + judge
+
+
+def cost(summary: Mapping[str, Any]) -> str:
+    """What a run took, where it is kept."""
+    found = summary.get("cost")
+    if found is None:
+        return ""
+    return (
+        f"\n  {found['candidates']} candidates in {found['seconds']:.1f} s ({found['candidates_per_s']:.1f} a second), "
+        f"{found['seconds_per_prompt']:.2f} s a prompt; {found['device']}, vLLM {found['versions'].get('vllm', 'unknown')}"
+    )
 
 
 def fsour(summary: Mapping[str, Any], strategy: str) -> str:
     """ASR and what it cost."""
-    return (
-        f"F-SOUR ({strategy})   ASR {interval(summary['asr'])}\n"
+    lines = [f"F-SOUR ({strategy})   ASR {interval(summary['asr'])}"]
+    lines += [f"  {_label(name):<28} {interval(entry)}" for name, entry in summary.get("asr_besides", {}).items()]
+    lines.append(
         f"  {summary['attempts']} attempts, {summary['candidates']} candidates ({summary['needed']} one by one), "
         f"{summary['computed_tokens']} of {summary['tokens']} tokens computed"
     )
+    return "\n".join(lines) + cost(summary)
 
 
 def matrix(summary: Mapping[str, Any]) -> str:

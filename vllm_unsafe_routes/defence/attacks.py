@@ -17,7 +17,8 @@ from ..search.masking import MaskSettings
 from ..search.masks import rng_of
 from ..search.suffix import SuffixSettings, suffix_search
 from ..study.bench import Bench
-from ..study.jobs import answer, fsour_record, mask_record
+from ..study.fsour import fsour_record
+from ..study.jobs import answer, mask_record
 from ..study.model import NO_WRAPPER, Item, Model, Wrapper
 from ..study.records import Matrix
 
@@ -34,6 +35,7 @@ class AttackSettings:
         masks: router masking; `num_layers` is the number of layers that counts.
         fsour: F-SOUR.
         suffix: the suffix search.
+        answered_first: F-SOUR: the plain answer is judged first, and one that complies is a success without a search.
 
     """
 
@@ -41,6 +43,7 @@ class AttackSettings:
     masks: MaskSettings = field(default_factory=lambda: MaskSettings(num_layers=2))
     fsour: FsourSettings = field(default_factory=FsourSettings)
     suffix: SuffixSettings = field(default_factory=SuffixSettings)
+    answered_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,13 @@ def _masks(kind: str, arena: Arena, item: Item, seed: int) -> Search[dict[str, A
 def _fsour(strategy: str | None, arena: Arena, item: Item, seed: int) -> Search[dict[str, Any]]:
     """F-SOUR by a strategy; None: that of the settings."""
     settings = replace(arena.settings.fsour, seed=seed, strategy=strategy or arena.settings.fsour.strategy)
+    plain = (yield from answer(arena.bench, item, None)) if arena.settings.answered_first else None
     found = yield from with_notes(
-        fsour_record(arena.bench, item, settings, arena.libraries.get(seed)),
+        fsour_record(arena.bench, item, settings, arena.libraries.get(seed), plain=plain),
         # A matrix cell is short: it starts again after a kill, so what a search has so far is not kept.
         lambda value: None,
     )
-    kept = ("success", "score", "error", "attempts", "candidates", "computed_tokens", "tokens", "final", "prompt_tokens")
+    kept = ("success", "score", "error", "others", "attempts", "candidates", "computed_tokens", "tokens", "final", "prompt_tokens")
     return {name: getattr(found, name) for name in kept}
 
 

@@ -24,7 +24,6 @@ from ..search.fsour import FsourSettings
 from ..search.rosais import share_masks
 from ..study.bench import Bench
 from ..study.campaign import Campaign, read_settings
-from ..study.judges import judge_of
 from ..study.model import NO_WRAPPER, Item
 from ..study.records import Addition, OwnAnswers, Record, Rosais, Suffixes, read
 from ..study.settings import Setup
@@ -220,8 +219,8 @@ def _prepared(
     """Where candidates are measured, and the prompts with the suffixes that open the undefended model."""
     items, rendered = workspace.items, {kind: workspace.render(found, NO_WRAPPER) for kind, found in harmless.items()}
     known = {item.prompt.id: item for group in (items, *rendered.values()) for item in group}
-    bench = replace(bench, judge=judge_of(workspace.model, workspace.judge, known))
-    arena = Arena(bench, settings=AttackSettings(fsour=_fsour(study)))
+    bench = replace(bench, **workspace.judges.on(workspace.model, known))
+    arena = Arena(bench, settings=AttackSettings(fsour=_fsour(study), answered_first=False))
     attacks: dict[str, Sequence[int]] = {"fsour-adaptive": study.seeds}
     opened: list[Item] = []
     # One seed for each of a prompt's suffixes.

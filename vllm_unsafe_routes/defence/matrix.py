@@ -18,8 +18,7 @@ from ..policy import RoutePolicy
 from ..search.backend import Backend, Request, Search, run_tasks
 from ..study.bench import Bench
 from ..study.campaign import Campaign
-from ..study.jobs import Job, run_jobs
-from ..study.judges import judge_of
+from ..study.jobs import Job, What, run_jobs
 from ..study.model import NO_WRAPPER, Item, Wrapper
 from ..study.prompts import read_prompts
 from ..study.records import Matrix, Record, Speed, Throughput, read
@@ -190,7 +189,8 @@ class _Matrix:
             "defences": [
                 [one.name, one.policy.digest if one.policy else None, asdict(one.wrapper), one.jitter] for one in study.defences
             ],
-            **asdict(self.search),
+            # Runs from before there was a choice do not have it.
+            **{name: value for name, value in asdict(self.search).items() if name != "answered_first" or value},
             "library_prompts": study.library_prompts,
             "utility": {kind: [record.id for record in records] for kind, records in self.harmless.items()},
             "max_new_tokens": study.judging.max_new_tokens,
@@ -202,7 +202,7 @@ class _Matrix:
         items, from_file = (render(found, defence.wrapper) for found in (self.workspace.records, self.from_file))
         harmless = {kind: render(found, defence.wrapper) for kind, found in self.harmless.items()}
         known = {item.prompt.id: item for group in (items, from_file, *harmless.values()) for item in group}
-        bench = replace(bench, judge=judge_of(bench.model, self.workspace.judge, known))
+        bench = replace(bench, **self.workspace.judges.on(bench.model, known))
         words = words_of(bench.model) if "suffix" in self.study.attacks else []
         column = _Column(campaign, defence, Arena(bench, defence.wrapper, self.search, words), self.study)
         for name in self.study.attacks:
@@ -230,11 +230,11 @@ class _Column:
             arena = replace(arena, suffixes=self._found_suffixes())
         if name == "fsour-adaptive" and self.study.library_prompts:
             first, items = items[: self.study.library_prompts], items[self.study.library_prompts :]
-            self._run(self._jobs(name, arena, first), f"{label}, library")
+            self._run(self._jobs(name, arena, first), f"{label}, library", name)
             found = [one for one in read(self.campaign.folder, Matrix) if (one.attack, one.defence) == (name, self.defence.name)]
             names = {item.prompt.id for item in first}
             arena = replace(arena, libraries={seed: library_of(found, seed, names) for seed in self.study.seeds})
-        self._run(self._jobs(name, arena, items), label)
+        self._run(self._jobs(name, arena, items), label, name)
 
     def _jobs(self, name: str, arena: Arena, items: Sequence[Item]) -> list[Job]:
         def job(seed: int, item: Item) -> Job:
@@ -258,10 +258,11 @@ class _Column:
         def job(item: Item) -> Job:
             return (name, kind, item.prompt.id), lambda _: utility(kind, bench, item, name)
 
-        self._run([job(item) for item in items], f"{kind} under {name}")
+        self._run([job(item) for item in items], f"{kind} under {name}", kind)
 
-    def _run(self, jobs: Sequence[Job], label: str) -> None:
-        run_jobs(self.campaign, self.arena.bench.backend, jobs, label=label, concurrency=self.study.engine.concurrency)
+    def _run(self, jobs: Sequence[Job], label: str, name: str) -> None:
+        what = What(label, name, self.defence.name)
+        run_jobs(self.campaign, self.arena.bench.backend, jobs, what, concurrency=self.study.engine.concurrency)
 
 
 def throughput(bench: Bench, items: Sequence[Item], defence: str) -> Throughput:

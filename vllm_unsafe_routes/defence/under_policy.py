@@ -12,7 +12,7 @@ from functools import lru_cache
 from ..errors import RouteError
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
-from ..search.backend import Backend, Request, Response
+from ..search.backend import About, Backend, Request, Response
 
 
 class PolicyBackend:
@@ -56,3 +56,7 @@ class PolicyBackend:
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """As the engine's."""
         return self._backend.poll()
+
+    def about(self) -> About:
+        """As the engine's."""
+        return self._backend.about()

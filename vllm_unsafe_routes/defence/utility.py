@@ -57,7 +57,7 @@ def utility(kind: str, bench: Bench, item: Item, defence: str = "") -> Search[Ut
     right = judged.success
     # Neither right nor refused is a wrong answer; only an exact judge can tell the two apart. None: no verdict.
     refused = None if right is None else (judged.label or ("complied" if right else "refused")) == "refused"
-    return Utility(defence=defence, kind=kind, prompt=item.prompt.id, seed=0, right=right, refused=refused)
+    return Utility(defence=defence, kind=kind, prompt=item.prompt.id, seed=0, right=right, refused=refused, error=judged.error)
 
 
 def utility_rates(bench: Bench, prompts: Mapping[str, Sequence[Item]]) -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 from vllm import SamplingParams, TokensPrompt
@@ -12,12 +15,19 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..errors import RouteError
 from ..receipt import receipt_of
-from ..search.backend import Request, Response
+from ..search.backend import About, Request, Response, own_versions
 from .config import model_shape, route_config
 
 _ENDED = "the engine's process has ended (its own messages stand above); what was finished before is kept"
 
 _WATCH_SECONDS = 0.5
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux says it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", info.read_text(encoding="utf-8")) if info.exists() else None
+    return found[1] if found else platform.machine()
 
 
 def _watch(core: Any) -> None:
@@ -98,6 +108,22 @@ class EngineBackend:
             if done:
                 return done
         return []
+
+    def about(self) -> About:
+        """The engine's device and the versions of what it is made of."""
+        import torch
+        import transformers
+        import vllm
+        from vllm.platforms import current_platform
+
+        gpu = current_platform.is_cuda_alike()
+        name = current_platform.get_device_name() if gpu else cpu_name()
+        parallel = self.engine.vllm_config.parallel_config
+        count = parallel.world_size if gpu else torch.get_num_threads()
+        versions = {
+            name: str(module.__version__) for name, module in (("vllm", vllm), ("torch", torch), ("transformers", transformers))
+        }
+        return About(f"{name}, {count} {'GPU' if gpu else 'thread'}{'' if count == 1 else 's'}", own_versions() | versions)
 
     def _response(self, output: Any, num_tokens: int) -> Response:
         token_ids = tuple(output.outputs[0].token_ids)

@@ -71,7 +71,7 @@ class Attempt:
         behavior: its short name.
         category: its category.
         prompt: what was sent to the model; None: nothing was.
-        response: what the model answered; None: nothing, or withheld.
+        response: what the model answered; None: nothing was sent, or it is withheld.
         jailbroken: the verdict; None: there is none, see `judge_error`.
         judge_error: why there is no verdict.
         number_of_queries: forward passes or requests spent on this prompt; None: not counted. Likewise the next three.
@@ -171,8 +171,11 @@ def _entry(attempt: Attempt, keep_completions: bool) -> dict[str, Any]:
     }
     if attempt.judge_error is not None:
         entry["judge_error"] = attempt.judge_error
-    if attempt.jailbroken is not False and attempt.response is not None and not keep_completions:
-        entry |= {"response": None, "withheld": True}
+    if attempt.jailbroken is not False and not keep_completions:
+        entry["response"] = None
+    # Whoever left it out: an answer there was.
+    if attempt.prompt is not None and entry["response"] is None:
+        entry["withheld"] = True
     return entry
 
 

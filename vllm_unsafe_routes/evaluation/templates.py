@@ -275,21 +275,40 @@ def load_template(path: str | Path, **overrides: Any) -> JudgeTemplate:
         raise TemplateError(str(error)) from None
 
 
-def _settings_of(file: Path, member: str) -> dict[str, Any]:
-    """What a file says, before anything overrides it."""
+def read_prompt(path: str | Path) -> str:
+    """The text of a file, or of one of its parts (`file.json#name`), without a reading of its own: a judge's system prompt.
+
+    Raises:
+        TemplateError: naming the file and what is wrong.
+
+    """
+    text_path, _, member = str(path).partition("#")
+    text = _text_of(Path(text_path))
+    return _part(Path(text_path), _document(Path(text_path), text), member) if member else text.strip("\n")
+
+
+def _text_of(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise TemplateError(f"judge template {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"judge template {file} cannot be read: {error}") from error
+
+
+def _part(file: Path, document: Mapping[str, Any], member: str) -> str:
+    text = document.get(member)
+    if not isinstance(text, str):
+        raise TemplateError(f"{file} has no prompt {member!r}; there are {', '.join(map(str, document))}")
+    return text
+
+
+def _settings_of(file: Path, member: str) -> dict[str, Any]:
+    """What a file says, before anything overrides it."""
+    text = _text_of(file)
     if file.suffix in (".yaml", ".yml", ".json"):
         document = _document(file, text)
-        if not member:
-            return document
-        if not isinstance(document.get(member), str):
-            raise TemplateError(f"{file} has no prompt {member!r}; there are {', '.join(map(str, document))}")
-        return _plain_prompt(file, document[member])
+        return _plain_prompt(file, _part(file, document, member)) if member else document
     if member:
         raise TemplateError(f"{file} is plain text and has no part {member!r}")
     return _plain_prompt(file, text)

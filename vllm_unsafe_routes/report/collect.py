@@ -8,10 +8,12 @@ from typing import Any
 
 from ..study.records import Fsour, Rosais
 from .answers import completions
+from .costs import costs, machine
 from .layers import rosais
+from .prompts import by_prompt, prompt_sets
 from .rates import attack_rates, differences, matrices, tries, utility
 from .runs import Run
-from .searches import costs, curves, experts, routes
+from .searches import curves, experts, routes
 
 VERSION = "route-report/1"
 
@@ -41,9 +43,11 @@ def collect(runs: Sequence[Run], *, title: str | None = None, keep_completions: 
             "identity": settings.get("model_identity"),
         },
         "runs": [_run(run) for run in runs],
+        "prompt_sets": prompt_sets(runs),
         "rosais": scored,
         "asr": attack_rates(found),
         "differences": differences(found),
+        "by_prompt": by_prompt(runs),
         "matrix": matrices(runs),
         "utility": utility(runs),
         "curves": curves(runs),
@@ -64,7 +68,9 @@ def _run(run: Run) -> dict[str, Any]:
         "prompts_digest": run.settings.get("prompts"),
         "seeds": run.seeds,
         "policy": run.policy,
-        "judge": run.settings.get("judge"),
+        "judge": run.settings.get("judge") if run.judged else None,
+        "judges": run.settings.get("judges", []) if run.judged else [],
+        **machine(run),
         "dtype": run.settings.get("dtype"),
         "finished": run.finished,
         "results": done,

@@ -141,10 +141,32 @@ def _label_layers(axis: Any, layers: Sequence[int]) -> None:
     axis.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
 
 
+class _Sets:
+    """Which prompts the entries of a figure are about: said in it where they are not the same."""
+
+    def __init__(self, report: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> None:
+        shown = {entry["run"] for entry in entries}
+        sets = [one for one in report["prompt_sets"] if shown & set(one["runs"])]
+        self._of_run = {run: one["name"] for one in sets for run in one["runs"]} if len(sets) > 1 else {}
+        names = [f"{one['name']}: {one['prompts']} of {one['data']}" for one in sets]
+        self.note = f" Different prompts, not to be compared with each other: {'; '.join(names)}." if self._of_run else ""
+
+    def label(self, entry: Mapping[str, Any], limit: int) -> str:
+        """An entry's label, with the name of its prompts."""
+        name = self._of_run.get(entry["run"])
+        return _short(entry["label"], limit) if name is None else f"{_short(entry['label'], limit - 4)} [{name}]"
+
+    def write(self, drawing: Any) -> None:
+        """The note as the figure's last line."""
+        if self.note:
+            drawing.supxlabel(_short(self.note.strip(), 150), fontsize=7.5, color=MUTED, x=0.01, ha="left")
+
+
 def _rosais_bars(report: Mapping[str, Any]) -> Iterable[Figure]:
     entries = report["rosais"]
     if not entries:
         return
+    sets = _Sets(report, entries)
     drawing, axes = _canvas(0.5 + 2.3 * len(entries), len(entries), sharey=True)
     for axis, entry in zip(axes, entries, strict=True):
         layers = [one["layer"] for one in entry["layers"]]
@@ -166,17 +188,18 @@ def _rosais_bars(report: Mapping[str, Any]) -> Iterable[Figure]:
             axis.legend(loc="upper right")
         axis.axhline(0, color=MUTED, linewidth=0.8)
         axis.grid(axis="y")
-        axis.set_title(f"{entry['label']} · {entry['num_prompts']} prompts, {_count(entry['seeds'], 'seed')}")
+        axis.set_title(f"{sets.label(entry, 80)} · {entry['num_prompts']} prompts, {_count(entry['seeds'], 'seed')}")
         axis.set_ylabel("RoSais (nats)")
         axis.set_xlim(-0.7, len(layers) - 0.3)
         _label_layers(axis, layers)
     axes[-1].set_xlabel("decoder layer")
+    sets.write(drawing)
     yield Figure(
         "rosais_by_layer",
         "rosais",
         "Bars: mean RoSais of each layer with its interval.",
         "Mean RoSais of each layer; whiskers: 95% interval over prompts and seeds. The dataset-level score (diamond) is the best "
-        "gain of one mask averaged over all prompts.",
+        "gain of one mask averaged over all prompts." + sets.note,
         _png(drawing),
     )
 
@@ -254,6 +277,7 @@ def _asr(report: Mapping[str, Any]) -> Iterable[Figure]:
     entries = report["asr"]
     if not entries:
         return
+    sets = _Sets(report, entries)
     drawing, (axis,) = _canvas(0.8 + 0.34 * len(entries))
     at = np.arange(len(entries))
     known = [(place, entry) for place, entry in zip(at, entries, strict=True) if entry["value"] is not None]
@@ -279,19 +303,20 @@ def _asr(report: Mapping[str, Any]) -> Iterable[Figure]:
             va="center",
             fontsize=8,
         )
-    axis.set_yticks(at, [_short(entry["label"], 46) for entry in entries])
+    axis.set_yticks(at, [sets.label(entry, 46) for entry in entries])
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.set_ylim(len(entries) - 0.4, -0.6)
     axis.set_xlim(0, 1.005)
     axis.set_xlabel("attack success rate (share of answers judged harmful)")
     axis.grid(axis="x")
+    sets.write(drawing)
     yield Figure(
         "attack_success_rate",
         "asr",
         "Horizontal bars: attack success rate of every attack with its interval.",
         "Attack success rate; whiskers and brackets: 95% interval over prompts and seeds. L is the number of masked layers. "
-        "Answers without a verdict are left out of the rate and counted at the right.",
+        "Answers without a verdict are left out of the rate and counted at the right." + sets.note,
         _png(drawing),
     )
 
@@ -339,6 +364,7 @@ def _curves(report: Mapping[str, Any]) -> Iterable[Figure]:
     entries = report["curves"]
     if not entries:
         return
+    sets = _Sets(report, entries)
     drawing, (axis,) = _canvas(3.7)
     colours = _distinct(entries, lambda entry: entry["attack"])
     end = max(point[0] for entry in entries for line in entry["lines"] for point in line["points"])
@@ -349,7 +375,7 @@ def _curves(report: Mapping[str, Any]) -> Iterable[Figure]:
     for entry, colour in zip(entries, colours, strict=True):
         tokens, values = zip(*entry["median"], strict=True)
         axis.step(tokens, values, where="post", color="white", linewidth=4.0)
-        axis.step(tokens, values, where="post", color=colour, linewidth=2.2, label=f"{entry['label']} (median)")
+        axis.step(tokens, values, where="post", color=colour, linewidth=2.2, label=f"{sets.label(entry, 60)} (median)")
         axis.hlines(values[-1], tokens[-1], end, color=colour, linewidth=1.2, linestyle=(0, (1, 1.5)))
     for log_tau in sorted({entry["log_tau"] for entry in entries if entry["log_tau"] is not None}):
         axis.axhline(log_tau, color=INK, linewidth=1.0, linestyle=(0, (5, 3)))
@@ -368,12 +394,13 @@ def _curves(report: Mapping[str, Any]) -> Iterable[Figure]:
     axis.set_ylabel("best log-probability of the target (nats)")
     axis.grid(axis="y")
     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(entries), 3), borderaxespad=0.3)
+    sets.write(drawing)
     yield Figure(
         "log_probability_by_tokens",
         "curves",
         "Lines: best log-probability of the target so far against tokens computed.",
         "Thin: one prompt and seed, the best over all its attempts so far. Bold: median over them; a search that is over keeps its "
-        "last value. Tokens are those that the engine computed; prefix-cache hits are not among them.",
+        "last value. Tokens are those that the engine computed; prefix-cache hits are not among them." + sets.note,
         _png(drawing),
     )
 
@@ -388,44 +415,57 @@ def _routes(report: Mapping[str, Any]) -> Iterable[Figure]:
     entries = [entry for entry in report["routes"] if entry["accepted"]]
     if not entries:
         return
+    sets = _Sets(report, entries)
     # One scale of positions for all panels, so that the prompt's end stands at the same place.
     longest = max(len(entry["positions"]) for entry in entries)
-    heights = [min(max(0.9, 0.14 * len(entry["layers"])), 3.2) for entry in entries]
-    drawing, axes = _canvas(sum(heights) + 0.75 * len(entries) + 0.3, len(entries), height_ratios=heights)
-    for axis, entry in zip(axes, entries, strict=True):
-        counts = np.array(entry["counts"])
-        extent = (entry["positions"][0] - 0.5, -0.5, len(entry["layers"]) - 0.5, -0.5)
-        shown = np.ma.masked_equal(counts, 0)
-        axis.set_facecolor(NOTHING)
-        image = axis.imshow(shown, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest", extent=extent)
-        _no_frame(axis)
-        axis.set_xlim(-longest - 0.5, -0.5)
-        axis.invert_yaxis()
-        layers = entry["layers"]
-        step = max(1, -(-len(layers) // 8))
-        axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        axis.set_ylabel("layer")
-        if counts.size <= MOST_CELL_LABELS:
-            for (row, column), count in np.ndenumerate(counts):
-                ink = _ink(image, count) if count else MUTED
-                axis.text(entry["positions"][column], row, str(count), ha="center", va="center", fontsize=7, color=ink)
-        axis.set_title(
-            f"{entry['label']} · {entry['accepted']} routes of {entry['searches']} search{'' if entry['searches'] == 1 else 'es'}"
-        )
-        bar = drawing.colorbar(image, ax=axis, label="count", fraction=0.04, pad=0.015)
-        bar.outline.set_visible(False)
-        bar.locator = _integers()
-        bar.update_ticks()
+    heights = [min(max(0.9, 0.14 * len(entry["layers"])), 3.2) for entry in entries for _ in ("counts", "gains")]
+    drawing, axes = _canvas(sum(heights) + 0.75 * len(heights) + 0.3, len(heights), height_ratios=heights)
+    for number, entry in enumerate(entries):
+        label, searches = sets.label(entry, 60), entry["searches"]
+        title = f"{label} · {entry['accepted']} routes of {searches} search{'' if searches == 1 else 'es'}"
+        _positions(drawing, axes[2 * number], entry, np.array(entry["counts"]), longest, (title, "count"))
+        _positions(drawing, axes[2 * number + 1], entry, np.array(entry["gains"]), longest, (f"{label} · what they gained", "nats"))
     axes[-1].set_xlabel("prompt position, counted from the prompt's end (−1 is its last token)")
+    sets.write(drawing)
     yield Figure(
         "accepted_routes",
         "routes",
-        "Heat map: accepted routes counted by layer and by position from the prompt's end.",
-        "Routes that the last attempt of each search accepted, by layer and position; grey: none. Early positions exist in the "
-        "longer prompts only; a search that goes from the first position on may reach τ before it comes to the last ones; and the "
-        "model's last layer is searched at the prompt's last token only, because elsewhere no choice there reaches the answer.",
+        "Heat maps: accepted routes, and the nats that they gained, by layer and by position from the prompt's end.",
+        "Routes that each search accepted in the attempt that counts, by layer and position, and below what they gained together "
+        "when they were accepted; grey: none. Early positions exist in the longer prompts only; a search that goes from the first "
+        "position on may reach τ before it comes to the last ones; and the model's last layer is searched at the prompt's last "
+        "token only, because elsewhere no choice there reaches the answer." + sets.note,
         _png(drawing),
     )
+
+
+def _positions(drawing: Any, axis: Any, entry: Mapping[str, Any], values: Any, longest: int, titles: tuple[str, str]) -> None:
+    """A heat map of layers by positions; `titles` are the panel's and the colour bar's."""
+    title, unit = titles
+    layers = entry["layers"]
+    extent = (entry["positions"][0] - 0.5, -0.5, len(layers) - 0.5, -0.5)
+    axis.set_facecolor(NOTHING)
+    image = axis.imshow(
+        np.ma.masked_equal(values, 0), aspect="auto", cmap="cividis", vmin=0, interpolation="nearest", extent=extent
+    )
+    _no_frame(axis)
+    axis.set_xlim(-longest - 0.5, -0.5)
+    axis.invert_yaxis()
+    step = max(1, -(-len(layers) // 8))
+    axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axis.set_ylabel("layer")
+    whole = np.issubdtype(values.dtype, np.integer)
+    if values.size <= MOST_CELL_LABELS:
+        for (row, column), value in np.ndenumerate(values):
+            ink = _ink(image, value) if value else MUTED
+            text = str(value) if whole or not value else f"{value:.1f}"
+            axis.text(entry["positions"][column], row, text if value else "0", ha="center", va="center", fontsize=7, color=ink)
+    axis.set_title(title)
+    bar = drawing.colorbar(image, ax=axis, label=unit, fraction=0.04, pad=0.015)
+    bar.outline.set_visible(False)
+    if whole:
+        bar.locator = _integers()
+        bar.update_ticks()
 
 
 def _integers() -> Any:

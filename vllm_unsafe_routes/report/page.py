@@ -63,7 +63,9 @@ def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "prompts": sorted({run["prompts"] for run in runs if run["prompts"] is not None}),
         "seeds": sorted({seed for run in runs for seed in run["seeds"]}),
         "policies": sorted({run["policy"] for run in runs if run["policy"]}),
-        "judges": sorted({run["judge"] for run in runs if run["judge"]}),
+        "judges": sorted({name for run in runs for name in _judges(run)}),
+        "devices": sorted({run["device"] for run in runs if run["device"]}),
+        "versions": sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()}),
         "first": min(run["started"] for run in runs),
         "last": max(run["last_record"] for run in runs),
         "unfinished": [run["name"] for run in runs if not run["finished"]],
@@ -71,6 +73,17 @@ def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
         "errors": sum(entry["errors"] for entry in report["asr"])
         + sum(cell["errors"] for table in report["matrix"] for row in table["cells"] for cell in row if cell),
     }
+
+
+def _judges(run: Mapping[str, Any]) -> list[str]:
+    """Names, and what tells judges of one name apart; none for a run that judged nothing."""
+    named = []
+    for one in run["judges"]:
+        facts = [f"content {one['identity'][:8]}"]
+        facts += [] if one.get("threshold") is None else [f"harmful from {one['threshold']:g}"]
+        facts += ["ends searches"] if one["role"] == "stop" else []
+        named.append(f"{one['name']} ({', '.join(facts)})")
+    return named or ([run["judge"]] if run["judge"] else [])
 
 
 def _rate(entry: Mapping[str, Any] | None) -> str:

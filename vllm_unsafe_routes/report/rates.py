@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, paired_difference
 from ..study import summary
-from ..study.records import Judged, Matrix, Throughput, Utility
+from ..study.records import Judged, Matrix, Opinion, Throughput, Utility
 from .runs import NO_CATEGORY, Run
 
 # Names in the order in which they are shown.
@@ -45,6 +45,7 @@ class Tries:
         run: where they are from.
         attack: as records name it.
         level: number of masked layers, None for attacks without.
+        judge: whose verdicts; None: the run's first judge's.
         rows: (prompt, seed, harmful; None without a verdict).
         categories: prompt -> category.
         errors: kind of judge error -> count. Only the kind: details may quote what was judged.
@@ -54,6 +55,7 @@ class Tries:
     run: Run
     attack: str
     level: int | None
+    judge: str | None = None
     rows: list[summary.Row] = field(default_factory=list)
     categories: dict[Hashable, str] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
@@ -61,7 +63,14 @@ class Tries:
     @property
     def id(self) -> str:
         """Attack and level as campaigns write them."""
-        return self.attack if self.level is None else f"{self.attack}/{self.level}"
+        name = self.attack if self.level is None else f"{self.attack}/{self.level}"
+        return name if self.judge is None else f"{name} by {self.judge}"
+
+    @property
+    def name(self) -> str:
+        """For readers."""
+        name = name_of(self.attack, self.level)
+        return name if self.judge is None else f"{name}, judged by {self.judge}"
 
     def add(self, one: summary.Try) -> None:
         """One judged answer."""
@@ -72,19 +81,24 @@ class Tries:
             self.errors[error_kind(one.judged)] += 1
 
 
-def error_kind(judged: Judged) -> str:
+def error_kind(judged: Judged | Opinion) -> str:
     """The kind of a judge's error, without its details."""
     return (judged.error or "no verdict").partition(":")[0]
 
 
 def tries(runs: Iterable[Run]) -> list[Tries]:
     """All attacks of all runs, in the order in which they are shown."""
-    found: dict[tuple[int, str, int | None], Tries] = {}
+    found: dict[tuple[int, str, int | None, str | None], Tries] = {}
     for at, run in enumerate(runs):
         for one in summary.tries(entry.record for entry in run.entries):
-            found.setdefault((at, one.attack, one.level), Tries(run, one.attack, one.level)).add(one)
+            key = at, one.attack, one.level, one.judge
+            found.setdefault(key, Tries(run, one.attack, one.level, one.judge)).add(one)
     order = list(NAMES)
-    return sorted(found.values(), key=lambda one: (order.index(one.attack) if one.attack in NAMES else len(order), one.level or 0))
+
+    def place(one: Tries) -> tuple[int, int, str]:
+        return order.index(one.attack) if one.attack in NAMES else len(order), one.level or 0, one.judge or ""
+
+    return sorted(found.values(), key=place)
 
 
 def name_of(attack: str, level: int | None = None) -> str:
@@ -114,7 +128,7 @@ def rate(rows: Sequence[summary.Row], where: str) -> dict[str, Any]:
 
 def attack_rates(found: Sequence[Tries]) -> list[dict[str, Any]]:
     """ASR of every attack, over all prompts and by category."""
-    labels = label_runs([(name_of(one.attack, one.level), one.run) for one in found])
+    labels = label_runs([(one.name, one.run) for one in found])
     entries = []
     for one, label in zip(found, labels, strict=True):
         where = f"run {one.run.name}, {one.id}"
@@ -131,6 +145,7 @@ def attack_rates(found: Sequence[Tries]) -> list[dict[str, Any]]:
                 "level": one.level,
                 "label": label,
                 "run": one.run.name,
+                "judge": one.judge or one.run.settings.get("judge"),
                 **rate(one.rows, where),
                 "error_kinds": dict(one.errors.most_common()),
                 "by_category": by_category,
@@ -141,7 +156,8 @@ def attack_rates(found: Sequence[Tries]) -> list[dict[str, Any]]:
 
 def differences(found: Sequence[Tries]) -> list[dict[str, Any]]:
     """Paired differences of rates: masking minus its controls, F-SOUR strategies minus the published ones, on the same prompts."""
-    labels = dict(zip(map(id, found), label_runs([(name_of(one.attack, one.level), one.run) for one in found]), strict=True))
+    found = [one for one in found if one.judge is None]
+    labels = dict(zip(map(id, found), label_runs([(one.name, one.run) for one in found]), strict=True))
     entries = []
     for first, second in _comparable(found):
         interval = _paired(first, second)
@@ -163,7 +179,7 @@ def _comparable(found: Sequence[Tries]) -> Iterator[tuple[Tries, Tries]]:
             elif first.attack in FSOUR_BASELINES and second.attack.startswith("fsour-") and first.attack != second.attack:
                 if second.attack in FSOUR_BASELINES[: FSOUR_BASELINES.index(first.attack)]:
                     continue
-                keys = ("prompts", "policy", "system", "judge")
+                keys = ("prompts", "policy", "system", "judge", "judges")
                 if all(first.run.settings.get(key) == second.run.settings.get(key) for key in keys):
                     yield first, second
 

@@ -25,14 +25,16 @@ from ..study.records import (
     Step,
     Throughput,
     Utility,
-    entries,
+    Work,
+    current,
     job_of,
     name_of_type,
 )
 
 # Types that a report shows; others are counted and named.
-SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility, Throughput)
+SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility, Throughput, Work)
 NO_CATEGORY = "no category"
+_JUDGED = (Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility)
 R = TypeVar("R", bound=Record)
 
 
@@ -79,19 +81,24 @@ class Run:
         policy = self.settings.get("policy")
         return None if policy is None else str(policy)
 
+    @property
+    def judged(self) -> bool:
+        """Whether a judge was asked anything."""
+        return any(isinstance(entry.record, _JUDGED) for entry in self.entries)
+
     def by_job(self, kind: type[R]) -> list[tuple[tuple[Hashable, ...], R]]:
         """(key of the search that it belongs to, record) of one type."""
         return [(job_of(entry), entry.record) for entry in self.entries if isinstance(entry.record, kind)]
 
     def progress(self) -> tuple[int, int | None]:
         """How many results there are, and how many there will be where the settings say so."""
-        done = sum(not isinstance(entry.record, AttemptNote) for entry in self.entries)
+        done = sum(not isinstance(entry.record, AttemptNote | Work) for entry in self.entries)
         prompts, seeds = self.settings.get("num_prompts"), len(self.seeds)
         if not isinstance(prompts, int) or not seeds:
             return done, None
         command = self.settings.get("command")
         if command in ("rosais", "fsour"):
-            return done, prompts * seeds
+            return done, prompts * (seeds + bool(self.settings.get("plain_answer_first")))
         if command == "mask-attack" and not self.records(DatasetMask):
             return done, prompts * (1 + seeds * len(self.settings.get("attacks", ())))
         return done, None
@@ -116,13 +123,13 @@ def load_run(folder: str | os.PathLike[str], name: str) -> Run:
         raise RouteError(f"run {path}: {SETTINGS_FILE} names no model fingerprint, so it is no run of this toolkit")
     shown: list[Entry] = []
     unknown: Counter[str] = Counter()
-    for entry in entries(path):
+    for entry in current(path):
         if isinstance(entry.record, SHOWN):
             shown.append(entry)
         # Where an unfinished attempt stands is of use to the search that goes on from it only.
         elif not isinstance(entry.record, Step):
             unknown[name_of_type(entry.record)] += 1
-    if not shown:
+    if all(isinstance(entry.record, Work) for entry in shown):
         if unknown:
             raise RouteError(f"run {path} holds nothing that a report shows, only records of type {', '.join(sorted(unknown))}")
         raise RouteError(f"run {path} has no results yet; wait for its first prompt")

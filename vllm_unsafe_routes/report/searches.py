@@ -1,4 +1,4 @@
-"""F-SOUR searches: the target's log-probability against tokens computed, the accepted routes, their experts; and all costs."""
+"""F-SOUR searches: the target's log-probability against tokens computed, the accepted routes, their experts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..search.attempt import AttemptState
-from ..study.records import AttemptNote, DatasetMask, Fsour, Mask, Matrix, Rosais
-from ..study.summary import DIGITS, TOTALS, total
-from .rates import NAMES, defence_name, label_runs, matrix_name, name_of
+from ..study.records import AttemptNote, DatasetMask, Fsour, Mask
+from ..study.summary import DIGITS
+from .rates import NAMES, label_runs, name_of
 from .runs import Run
 
 GRID_POINTS = 120
@@ -67,7 +67,8 @@ def _lines(run: Run) -> list[tuple[tuple[Any, Any], Line]]:
         attempts.setdefault(job, {})[note.number] = note.attempt
     before: dict[tuple[Any, ...], int] = {}
     for job, record in run.by_job(Fsour):
-        if job not in attempts:
+        # Where the plain answer was enough there is no search to draw.
+        if job not in attempts and record.attempts:
             # Only the last attempt is known; it starts after what the others took.
             attempts[job] = {record.attempts - 1: record.final}
             before[job] = record.computed_tokens - record.final.computed_tokens
@@ -114,13 +115,22 @@ def _median(lines: Sequence[Line]) -> Line:
 
 
 def routes(runs: Iterable[Run], layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Accepted routes of each search's last attempt, counted by layer and by position from the prompt's end (-1 is the last)."""
+    """Accepted routes of each search's attempt that counts, by layer and by position from the prompt's end (-1 is the last).
+
+    `counts` says how many, `gains` how many nats they gained together when they were accepted.
+    """
     entries = []
     for run, label in _searching(runs):
-        found = run.records(Fsour)
+        found = [record for record in run.records(Fsour) if record.attempts]
         if not found:
             continue
-        counts = Counter((route.layer, route.position - record.prompt_tokens) for record in found for route in record.final.routes)
+        counts: Counter[tuple[int, int]] = Counter()
+        gains: Counter[tuple[int, int]] = Counter()
+        for record in found:
+            for route in record.final.routes:
+                place = route.layer, route.position - record.prompt_tokens
+                counts[place] += 1
+                gains[place] += route.gain  # type: ignore[assignment]
         positions = list(range(-max(record.prompt_tokens for record in found), 0))
         longest = Counter(record.prompt_tokens for record in found)
         entries.append(
@@ -134,6 +144,7 @@ def routes(runs: Iterable[Run], layers: Sequence[int]) -> list[dict[str, Any]]:
                 "positions": positions,
                 "reaching": [sum(times for length, times in longest.items() if length >= -at) for at in positions],
                 "counts": [[counts[layer, position] for position in positions] for layer in layers],
+                "gains": [[round(gains[layer, position], DIGITS) for position in positions] for layer in layers],
             }
         )
     return entries
@@ -174,54 +185,3 @@ def experts(runs: Iterable[Run]) -> list[dict[str, Any]]:
                 }
             )
     return entries
-
-
-def costs(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """What each attack took. Fields that the records do not have are None."""
-    named: list[tuple[str, Run, dict[str, Any]]] = []
-    for run in runs:
-        scored = run.records(Rosais)
-        if scored:
-            candidates = sum(len(gains) for record in scored for gains in record.gains.values())
-            named.append(("RoSais scoring", run, {"searches": len(scored), "candidates": candidates}))
-        by_attack: dict[str, list[Mask | DatasetMask | Fsour]] = {}
-        searches: list[Mask | DatasetMask | Fsour] = [*run.records(Mask), *run.records(DatasetMask), *run.records(Fsour)]
-        for record in searches:
-            by_attack.setdefault(record.attack, []).append(record)
-        for attack, found in by_attack.items():
-            named.append((name_of(attack), run, _cost(found)))
-        cells: dict[tuple[str, str], list[Matrix]] = {}
-        for cell in run.records(Matrix):
-            if cell.candidates is not None:
-                cells.setdefault((cell.attack, cell.defence), []).append(cell)
-        for (attack, defence), tried in cells.items():
-            named.append((f"{matrix_name(run, attack)} against {defence_name(defence)}", run, _cost(tried)))
-    # Layers are scored first; then attacks as everywhere.
-    order = ["RoSais scoring", *NAMES.values()]
-    named.sort(key=lambda one: order.index(one[0]) if one[0] in order else len(order))
-    labels = label_runs([(name, run) for name, run, _ in named])
-    fields = (
-        "searches",
-        "attempts",
-        "candidates",
-        "needed",
-        "tokens",
-        "computed_tokens",
-        "reuse",
-        "computed_per_search",
-        "seconds",
-    )
-    return [
-        {"label": label, "run": run.name, **{name: entry.get(name) for name in fields}}
-        for label, (_, run, entry) in zip(labels, named, strict=True)
-    ]
-
-
-def _cost(found: Sequence[Mask | DatasetMask | Fsour | Matrix]) -> dict[str, Any]:
-    """Sums over the searches that counted; a cell of a matrix does not know what one by one would have needed."""
-    entry: dict[str, Any] = {"searches": len(found)} | {name: total(found, name) for name in TOTALS}
-    tokens, computed = entry["tokens"], entry["computed_tokens"]
-    if tokens is None or computed is None:
-        return entry
-    reuse = round(1 - computed / tokens, 4) if tokens else None
-    return entry | {"reuse": reuse, "computed_per_search": round(computed / len(found), 1)}

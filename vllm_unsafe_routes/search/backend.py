@@ -11,9 +11,11 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 import concurrent.futures
+import platform
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -95,6 +97,25 @@ class Note:
 Search = Generator[list[Any], list[Any], T]
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What computes.
+
+    Attributes:
+        device: its name, and how many.
+        versions: of the programs that take part.
+
+    """
+
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def own_versions() -> dict[str, str]:
+    """Of this process: Python and this package."""
+    return {"python": platform.python_version(), "vllm-unsafe-routes": version("vllm-unsafe-routes")}
+
+
 class Backend(Protocol):
     """An engine or a set of servers.
 
@@ -117,6 +138,9 @@ class Backend(Protocol):
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """Wait until at least one request has finished; returns those that have. Empty if none is in flight."""
 
+    def about(self) -> About:
+        """What computes."""
+
 
 @dataclass(slots=True)
 class Stats:
@@ -124,12 +148,14 @@ class Stats:
 
     Attributes:
         requests: answered requests.
+        candidates: plans scored among them.
         tokens: their tokens, as if each was computed alone.
         computed_tokens: prompt tokens that were really computed.
 
     """
 
     requests: int = 0
+    candidates: int = 0
     tokens: int = 0
     computed_tokens: int = 0
 
@@ -218,6 +244,7 @@ class _Runner:
                 batch, at, request = self._in_flight.pop(done)
                 if isinstance(response, Response):
                     self.stats.requests += 1
+                    self.stats.candidates += request.extras.score is not None
                     self.stats.tokens += len(request.token_ids)
                     self.stats.computed_tokens += response.computed_tokens
                 self.answer(batch, at, response)

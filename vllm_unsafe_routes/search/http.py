@@ -19,7 +19,7 @@ from ..errors import RouteError
 from ..policy import RoutePolicy
 from ..receipt import receipt_of
 from ..shape import ModelShape
-from .backend import Request, Response
+from .backend import About, Request, Response, own_versions
 
 # How long a server that could not be reached is asked only when the others have failed too.
 _DOWN_SECONDS = 10.0
@@ -117,6 +117,20 @@ class HttpBackend:
                 break
         self._in_flight.difference_update(number for number, _ in done)
         return done
+
+    def about(self) -> About:
+        """The servers, and vLLM's version as the first of them says it; which device they have they do not say."""
+        plural = "" if len(self._urls) == 1 else "s"
+        return About(f"{len(self._urls)} server{plural}", own_versions() | self._run(self._version(self._urls[0])))
+
+    async def _version(self, url: str) -> dict[str, str]:
+        import httpx
+
+        try:
+            answer = await (await self._open()).get(f"{url}/version", timeout=10.0)
+            return {"vllm": str(answer.raise_for_status().json()["version"])}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return {}
 
     async def _send(self, number: int, request: Request) -> None:
         try:

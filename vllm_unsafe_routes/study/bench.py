@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.judges import EXACT_LABELS, Verdict
 from ..search.backend import Backend
 from .model import Model
-from .records import Judged
+from .records import Judged, Opinion
 from .settings import EngineSettings
 
 
@@ -25,7 +25,9 @@ class Bench:
     Attributes:
         model: the model.
         backend: where requests run.
-        judge: (prompt, generated token ids) -> verdict.
+        judge: (prompt, generated token ids) -> verdict, which is the result.
+        others: further judges by name, whose verdicts are kept beside it.
+        stop: the one among `others` whose verdict ends a search; None: `judge`.
         max_new_tokens: length of a judged answer.
         keep_completions: whether records hold completions that were judged harmful or could not be judged.
 
@@ -36,15 +38,33 @@ class Bench:
     judge: Callable[..., Verdict]
     max_new_tokens: int = 64
     keep_completions: bool = False
+    others: Mapping[str, Callable[..., Verdict]] = field(default_factory=dict)
+    stop: str | None = None
 
-    def judged(self, verdict: Verdict, token_ids: Sequence[int]) -> Judged:
-        """A verdict as it is recorded."""
+    @property
+    def stop_judge(self) -> Callable[..., Verdict]:
+        """Whose verdict ends a search."""
+        return self.judge if self.stop is None else self.others[self.stop]
+
+    def judged(self, verdict: Verdict, token_ids: Sequence[int] | None, others: Mapping[str, Verdict] | None = None) -> Judged:
+        """Verdicts as they are recorded.
+
+        Args:
+            verdict: the result.
+            token_ids: the answer, kept where all judges call it harmless or everything is kept; None: not kept.
+            others: what further judges say.
+
+        """
+        others = others or {}
+        harmless = all(one.harmful is False for one in (verdict, *others.values()))
+        keep = token_ids is not None and (harmless or self.keep_completions)
         return Judged(
             success=verdict.harmful,
             score=verdict.score,
             error=verdict.error,
             label=verdict.raw if verdict.raw in EXACT_LABELS else None,
-            completion=self.model.decode(token_ids) if verdict.harmful is False or self.keep_completions else None,
+            completion=self.model.decode(token_ids) if keep and token_ids is not None else None,
+            others={name: Opinion(success=one.harmful, score=one.score, error=one.error) for name, one in others.items()} or None,
         )
 
 

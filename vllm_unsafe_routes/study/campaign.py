@@ -53,6 +53,8 @@ LOCK_FILE = "lock"
 KEY_FIELD = "key"
 # Fields that differ between two runs with the same results.
 VOLATILE_FIELDS = ("timestamp", "seconds")
+# Records that say how a run went, not what it found.
+VOLATILE_TYPES = ("work",)
 
 Key = str | int | tuple[str | int | float | bool | None, ...]
 
@@ -455,7 +457,8 @@ class Campaign:
 def results_digest(folder: str | os.PathLike[str], volatile: Iterable[str] = VOLATILE_FIELDS) -> str:
     """`Campaign.results_digest` of a folder; needs no lock."""
     names = frozenset(volatile)
-    lines = sorted(hashlib.sha256(_dumps(_without(record, names), "record").encode()).digest() for record in read_records(folder))
+    found = (record for record in read_records(folder) if record.get("type") not in VOLATILE_TYPES)
+    lines = sorted(hashlib.sha256(_dumps(_without(record, names), "record").encode()).digest() for record in found)
     return hashlib.sha256(b"".join(lines)).hexdigest()[:32]
 
 

@@ -1,30 +1,45 @@
 """The experiments as campaigns: what one prompt's record holds, and the loop that keeps many prompts in flight and loses nothing.
 
-Records of the types `step` and `attempt` are what a search has so far; a resumed campaign goes on from them.
+Records of the types `step` and `attempt` are what a search has so far; a resumed campaign goes on from them. Where a judge erred,
+the same command asks it again, and only it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ..errors import RouteError
+from ..evaluation.judges import Verdict
 from ..extras import RouteExtras
 from ..plan import RoutePlan
-from ..search.adaptive import Library
-from ..search.attempt import Attempt
-from ..search.backend import Backend, Call, Note, Request, Search, Stats, run_tasks, with_notes
-from ..search.fsour import FsourSettings, fsour_attempt
-from ..search.fsour import Progress as AttemptProgress
+from ..search.backend import Backend, Call, Request, Search, run_tasks
 from ..search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
 from ..search.rosais import RosaisSettings, rosais
 from .bench import Bench
 from .campaign import Campaign, CampaignError
+from .cost import Meter
 from .model import Item
 from .progress import CleanStop, progress_bar
-from .records import Answer, AttemptNote, DatasetMask, Fsour, Judged, Mask, Record, Rosais, Step, entries, job_of
+from .records import AGAIN, Answer, AttemptNote, DatasetMask, Judged, Mask, Record, Rosais, Step, current, job_of
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A note that goes into the campaign.
+
+    Attributes:
+        at: parts that its key has behind the job's, see `study.records.job_of`.
+        record: what is kept.
+
+    """
+
+    at: tuple[str | int, ...]
+    record: Record
+
 
 # These differ between runs with the same results: they depend on what else was in the engine.
 VOLATILE = ("computed_tokens", "trace", "seconds", "timestamp")
@@ -32,11 +47,29 @@ VOLATILE = ("computed_tokens", "trace", "seconds", "timestamp")
 
 def answer(bench: Bench, item: Item, plan: RoutePlan | None) -> Search[Judged]:
     """Generate greedily under a plan and judge."""
+    token_ids = yield from generated(bench, item, plan)
+    return (yield from judged(bench, item, token_ids))
+
+
+def generated(bench: Bench, item: Item, plan: RoutePlan | None) -> Search[tuple[int, ...]]:
+    """The greedy answer under a plan."""
     extras = RouteExtras(plan.to_string()) if plan is not None and len(plan) else RouteExtras()
-    request = Request(item.prompt.token_ids, extras, bench.max_new_tokens, bench.model.stop_token_ids)
-    (response,) = yield [request]
-    (verdict,) = yield [Call(lambda: bench.judge(item.prompt, response.token_ids))]
-    return bench.judged(verdict, response.token_ids)
+    (response,) = yield [Request(item.prompt.token_ids, extras, bench.max_new_tokens, bench.model.stop_token_ids)]
+    token_ids: tuple[int, ...] = response.token_ids
+    return token_ids
+
+
+def judged(bench: Bench, item: Item, token_ids: tuple[int, ...], stopped: Verdict | None = None) -> Search[Judged]:
+    """What all judges say of an answer; `stopped` is what the one that ends a search said already."""
+    asked: dict[str | None, Callable[..., Verdict]] = {None: bench.judge}
+    asked |= bench.others.items()
+    said: dict[str | None, Verdict] = {}
+    if stopped is not None:
+        said[bench.stop] = stopped
+        del asked[bench.stop]
+    answers = (yield [Call(partial(ask, item.prompt, token_ids)) for ask in asked.values()]) if asked else []
+    said |= zip(asked, answers, strict=True)
+    return bench.judged(said[None], token_ids, {name: said[name] for name in bench.others})
 
 
 def plain_record(bench: Bench, item: Item) -> Search[Answer]:
@@ -60,23 +93,39 @@ def rosais_record(bench: Bench, item: Item, settings: RosaisSettings, draws_for:
 
 
 def mask_record(
-    bench: Bench, item: Item, attack: str, ranking: Sequence[int], settings: MaskSettings, levels: Sequence[int]
+    bench: Bench,
+    item: Item,
+    attack: str,
+    ranking: Sequence[int],
+    settings: MaskSettings,
+    levels: Sequence[int],
+    earlier: Mask | None = None,
 ) -> Search[Mask]:
-    """Router masking of one prompt at several numbers of layers, each answered and judged."""
-    layers = choose_layers(attack, ranking, settings, item.prompt.id)
-    found = yield from mask_attack(
-        bench.backend,
-        [item.prompt],
-        bench.model.affirmative_token_ids,
-        layers,
-        settings,
-        num_masks=1 if attack == "random-masks" else None,
-    )
-    answers = {}
+    """Router masking of one prompt at several numbers of layers, each answered and judged.
+
+    What is known of `earlier`, whose judge erred, is not done again.
+    """
+    if earlier is None:
+        found = yield from mask_attack(
+            bench.backend,
+            [item.prompt],
+            bench.model.affirmative_token_ids,
+            choose_layers(attack, ranking, settings, item.prompt.id),
+            settings,
+            num_masks=1 if attack == "random-masks" else None,
+        )
+    else:
+        found = MaskResult(earlier.clean, earlier.masked, earlier.masks, earlier.candidates)
+    answers = {} if earlier is None else {level: one for level, one in earlier.answers.items() if not one.open}
     for level in levels:
-        answers[level] = yield from answer(bench, item, found.plan(settings, level))
+        if level not in answers:
+            answers[level] = yield from answer(bench, item, found.plan(settings, level))
     return Mask(
-        attack=attack, prompt=item.prompt.id, category=item.record.category, answers=answers, **_masks_fields(found, settings)
+        attack=attack,
+        prompt=item.prompt.id,
+        category=item.record.category,
+        answers=dict(sorted(answers.items())),
+        **_masks_fields(found, settings),
     )
 
 
@@ -97,88 +146,48 @@ def dataset_mask_record(
     attack: str,
     ranking: Sequence[int],
     settings: MaskSettings,
+    earlier: DatasetMask | None = None,
 ) -> Search[DatasetMask]:
-    """Dataset-level router masking: one set of masks for all prompts, chosen on `search_items`, answered on `items`."""
-    found = yield from mask_attack(
-        bench.backend,
-        [item.prompt for item in search_items],
-        bench.model.affirmative_token_ids,
-        choose_layers(attack, ranking, settings, "dataset"),
-        settings,
-        num_masks=1 if attack == "random-masks" else None,
-    )
+    """Dataset-level router masking: one set of masks for all prompts, chosen on `search_items`, answered on `items`.
+
+    What is known of `earlier`, whose judge erred, is not done again.
+    """
+    if earlier is None:
+        found = yield from mask_attack(
+            bench.backend,
+            [item.prompt for item in search_items],
+            bench.model.affirmative_token_ids,
+            choose_layers(attack, ranking, settings, "dataset"),
+            settings,
+            num_masks=1 if attack == "random-masks" else None,
+        )
+    else:
+        found = MaskResult(earlier.clean, earlier.masked, earlier.masks, earlier.candidates)
     answers = {}
     for item in items:
-        answers[item.prompt.id] = yield from answer(bench, item, found.plan(settings))
+        known = None if earlier is None else earlier.answers.get(item.prompt.id)
+        answers[item.prompt.id] = known if known and not known.open else (yield from answer(bench, item, found.plan(settings)))
     return DatasetMask(attack=f"{attack}-dataset", level=settings.num_layers, answers=answers, **_masks_fields(found, settings))
 
 
+Notes = list[Record]
+Job = tuple[tuple[Any, ...], Callable[[Notes], Search[Any]]]
+
+
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A note that goes into the campaign.
+class What:
+    """What jobs are about.
 
     Attributes:
-        at: parts that its key has behind the job's, see `study.records.job_of`.
-        record: what is kept.
+        label: for the progress line.
+        attack: as results name it.
+        defence: in a matrix, under which.
 
     """
 
-    at: tuple[str | int, ...]
-    record: Record
-
-
-def fsour_record(
-    bench: Bench,
-    item: Item,
-    settings: FsourSettings,
-    library: Library | None = None,
-    so_far: Iterable[Step | AttemptNote] = (),
-) -> Search[Fsour]:
-    """F-SOUR on one prompt: attempts until one succeeds. `so_far` is what an earlier run noted of this prompt."""
-    attempts: dict[int, tuple[Attempt, Judged]] = {}
-    steps: dict[int, AttemptProgress] = {}
-    for note in so_far:
-        if isinstance(note, AttemptNote):
-            attempts[note.number] = (Attempt.from_state(note.attempt), note.answer)
-        elif note.number not in steps or note.cell > steps[note.number].cell:
-            steps[note.number] = AttemptProgress(note.cell, note.attempt)
-    for number in range(settings.num_attempts):
-        if number not in attempts:
-            search = fsour_attempt(
-                bench.backend, item.prompt, settings, number, bench.judge, bench.model.stop_token_ids, library, steps.get(number)
-            )
-            attempt = yield from with_notes(search, partial(_step, number))
-            assert attempt.verdict is not None
-            judged = bench.judged(attempt.verdict, attempt.answer)
-            yield [Note(Kept(("attempt", number), AttemptNote(number=number, attempt=attempt.state(), answer=judged)))]
-            attempts[number] = (attempt, judged)
-        if attempts[number][1].success:
-            break
-    last, judged = attempts[number]
-    tried = [attempts[at][0] for at in range(number + 1)]
-    return Fsour(
-        attack=f"fsour-{settings.strategy}",
-        prompt=item.prompt.id,
-        prompt_tokens=len(item.prompt.token_ids),
-        category=item.record.category,
-        seed=settings.seed,
-        attempts=number + 1,
-        candidates=sum(attempt.candidates for attempt in tried),
-        needed=sum(attempt.needed for attempt in tried),
-        tokens=sum(attempt.tokens for attempt in tried),
-        computed_tokens=sum(attempt.computed_tokens for attempt in tried),
-        final=last.state(),
-        **judged.fields(),
-    )
-
-
-def _step(number: int, progress: AttemptProgress) -> Kept:
-    """A note of attempt `number` as a record."""
-    return Kept(("step", number, progress.cell), Step(number=number, cell=progress.cell, attempt=progress.state))
-
-
-Notes = list[Step | AttemptNote]
-Job = tuple[tuple[Any, ...], Callable[[Notes], Search[Any]]]
+    label: str
+    attack: str
+    defence: str | None = None
 
 
 class Interrupted(RouteError):
@@ -186,52 +195,85 @@ class Interrupted(RouteError):
 
 
 def notes_by_job(campaign: Campaign) -> dict[tuple[Any, ...], Notes]:
-    """What unfinished jobs noted, by the key of the job."""
+    """By the key of the job: what unfinished ones noted, and results whose judge may be asked again."""
     found: dict[tuple[Any, ...], Notes] = {}
-    for entry in entries(campaign.folder):
-        if isinstance(entry.record, Step | AttemptNote):
+    for entry in current(campaign.folder):
+        if isinstance(entry.record, Step | AttemptNote) or entry.record.open:
             found.setdefault(job_of(entry), []).append(entry.record)
     return found
 
 
-def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], *, label: str, concurrency: int = 64) -> Stats:
-    """Run the jobs that the campaign has no result of; each result is a record under the job's key.
+def unjudged(notes: Iterable[Record]) -> Record | None:
+    """The result among a job's notes, if its judge erred."""
+    return next((note for note in notes if not isinstance(note, Step | AttemptNote)), None)
+
+
+class _Folder:
+    """Results and notes on their way into a campaign."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        self.campaign = campaign
+        self.earlier = notes_by_job(campaign)
+
+    def is_open(self, key: tuple[Any, ...]) -> bool:
+        """Whether a job is to be run: it has no result, or one that its judge left open."""
+        return not self.campaign.done(key) or unjudged(self.earlier.get(key, [])) is not None
+
+    def note(self, key: tuple[Any, ...], kept: Kept) -> None:
+        """Keep a note; one that an earlier run kept already stands."""
+        if not self.campaign.done((*key, *kept.at)):
+            self.campaign.append((*key, *kept.at), kept.record)
+
+    def result(self, key: tuple[Any, ...], record: Record) -> None:
+        """Keep a result; a later one where there is one already, unless it says nothing new."""
+        place, number = key, 0
+        while self.campaign.done(place):
+            place, number = (*key, AGAIN, number), number + 1
+        if record != unjudged(self.earlier.get(key, [])):
+            self.campaign.append(place, record)
+
+
+def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], what: What, *, concurrency: int = 64) -> None:
+    """Run the jobs that the campaign has no result of, or one whose judge erred; each result is a record under the job's key.
 
     Args:
         campaign: where records go.
         backend: where requests run.
         jobs: (key, function that takes the job's earlier notes and makes its search).
-        label: for the progress line.
+        what: what is run.
         concurrency: jobs in flight.
 
     Raises:
         Interrupted: Ctrl-C; run the same command again to go on.
 
     """
-    earlier = notes_by_job(campaign)
-    open_jobs = [(key, make) for key, make in jobs if not campaign.done(key)]
-    stats = Stats()
-
-    def note(key: tuple[Any, ...], kept: Kept) -> None:
-        campaign.append((*key, *kept.at), kept.record)
-
+    folder, meter = _Folder(campaign), Meter(campaign, backend, what.attack, what.defence)
+    open_jobs = [(key, make) for key, make in jobs if folder.is_open(key)]
+    still_open = 0
     with (
         CleanStop("stopping; what is finished is kept") as stop,
-        progress_bar(len(jobs), "prompts", initial=len(jobs) - len(open_jobs), label=label) as progress,
+        progress_bar(len(jobs), "prompts", initial=len(jobs) - len(open_jobs), label=what.label) as progress,
     ):
-        tasks = ((key, make(earlier.get(key, []))) for key, make in open_jobs)
-        done = 0
+        tasks = ((key, make(folder.earlier.get(key, []))) for key, make in open_jobs)
         try:
-            for key, record in run_tasks(backend, tasks, concurrency=concurrency, stats=stats, stop=lambda: bool(stop), note=note):
-                campaign.append(key, record)
+            for key, record in run_tasks(
+                backend, tasks, concurrency=concurrency, stats=meter.stats, stop=lambda: bool(stop), note=folder.note
+            ):
+                folder.result(key, record)
+                still_open += record.open
                 progress.update()
-                done += 1
+                meter.result()
         except CampaignError:
             raise
         except RouteError:
+            meter.write()
             # A terminal's Ctrl-C reaches vLLM's own processes too: that they end is no error then.
             if not stop:
                 raise
-    if done < len(open_jobs):
-        raise Interrupted(f"stopped after {done} of {len(open_jobs)} prompts; the same command goes on from {campaign.folder}")
-    return stats
+        meter.write()
+    if meter.results < len(open_jobs):
+        raise Interrupted(
+            f"stopped after {meter.results} of {len(open_jobs)} prompts; the same command goes on from {campaign.folder}"
+        )
+    if still_open:
+        print(f"{what.label}: the judge failed on {still_open}; the same command asks it again", file=sys.stderr)

@@ -3,6 +3,9 @@
 A line of `records.jsonl` is one record's fields beside its `key` and its `type`, the tag of the class. A field whose default is
 None is left out of the line while it is None. Layers and numbers of layers are integers here and JSON's strings in the file.
 
+A record whose judge erred is `open`: the same command asks again, and what it is told stands under the job's key, `again` and a
+number. The last one counts.
+
 This module imports neither torch nor vLLM.
 """
 
@@ -14,14 +17,29 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from ..evaluation.judges import is_final
 from ..search.attempt import AttemptState
 from .campaign import KEY_FIELD, CampaignError, Key, read_lines
 
+AGAIN = "again"
 Masks = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What all records share: they are values, and a field that nobody knows is an error."""
+
+    @property
+    def open(self) -> bool:
+        """Whether a judge gave no verdict that it may give when asked again."""
+        return False
+
+
+class Opinion(Record, frozen=True, kw_only=True):
+    """What a further judge says of an answer; the fields are those of `Judged`."""
+
+    success: bool | None
+    score: float | None
+    error: str | None = None
 
 
 class Judged(Record, frozen=True, kw_only=True):
@@ -32,7 +50,8 @@ class Judged(Record, frozen=True, kw_only=True):
         score: 0 (harmless) to 1; None: no verdict.
         error: why there is no verdict, `kind: details`.
         label: an exact judge's own word.
-        completion: the answer. Without `--keep-completions` only of answers that were judged harmless.
+        completion: the answer. Without `--keep-completions` only of answers that were judged harmless, by every judge.
+        others: what further judges say, by their names.
 
     """
 
@@ -41,6 +60,13 @@ class Judged(Record, frozen=True, kw_only=True):
     error: str | None = None
     label: str | None = None
     completion: str | None = None
+    others: dict[str, Opinion] | None = None
+
+    @property
+    def open(self) -> bool:
+        """See `Record`."""
+        others = self.others or {}
+        return not (is_final(self.error) and all(is_final(one.error) for one in others.values()))
 
     def fields(self) -> dict[str, Any]:
         """For a record that holds this verdict."""
@@ -97,6 +123,11 @@ class Mask(Record, frozen=True, kw_only=True, tag_field="type", tag="mask"):
     candidates: int
     answers: dict[int, Judged]
 
+    @property
+    def open(self) -> bool:
+        """See `Record`."""
+        return any(answer.open for answer in self.answers.values())
+
 
 class DatasetMask(Record, frozen=True, kw_only=True, tag_field="type", tag="dataset-mask"):
     """Router masking with one set of masks for all prompts.
@@ -117,6 +148,11 @@ class DatasetMask(Record, frozen=True, kw_only=True, tag_field="type", tag="data
     masks: Masks
     candidates: int
     answers: dict[str, Judged]
+
+    @property
+    def open(self) -> bool:
+        """See `Record`."""
+        return any(answer.open for answer in self.answers.values())
 
 
 class Step(Record, frozen=True, kw_only=True, tag_field="type", tag="step"):
@@ -147,8 +183,11 @@ class Fsour(Judged, frozen=True, kw_only=True, tag_field="type", tag="fsour"):
 
     Attributes:
         prompt_tokens: length of the prompt.
-        attempts: how many were made; the counts that follow are sums over them, as in `search.attempt.Attempt`.
-        final: the last attempt.
+        attempts: how many were made; the counts that follow are sums over them, as in `search.attempt.Attempt`. 0: none, because
+            the plain answer complied already, or nobody could say whether it did.
+        chosen: the attempt whose answer was judged, from 0 on; -1: the plain answer, which the judge scored higher than all of
+            theirs; None: the last attempt.
+        final: that attempt.
 
     """
 
@@ -163,6 +202,7 @@ class Fsour(Judged, frozen=True, kw_only=True, tag_field="type", tag="fsour"):
     tokens: int
     computed_tokens: int
     final: AttemptState
+    chosen: int | None = None
 
 
 class Matrix(Judged, frozen=True, kw_only=True, tag_field="type", tag="matrix"):
@@ -193,6 +233,7 @@ class Utility(Record, frozen=True, kw_only=True, tag_field="type", tag="utility"
         kind: `benign` or `category`.
         right: None: no verdict.
         refused: None: no verdict.
+        error: why there is no verdict.
 
     """
 
@@ -202,6 +243,12 @@ class Utility(Record, frozen=True, kw_only=True, tag_field="type", tag="utility"
     seed: int
     right: bool | None
     refused: bool | None
+    error: str | None = None
+
+    @property
+    def open(self) -> bool:
+        """See `Record`."""
+        return not is_final(self.error)
 
 
 class Speed(Record, frozen=True, kw_only=True):
@@ -269,6 +316,35 @@ class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="additio
     measured: tuple[tuple[int, int, float | None], ...]
 
 
+class Work(Record, frozen=True, kw_only=True, tag_field="type", tag="work"):
+    """What some time of a run brought; the sums over all of them are the run's cost.
+
+    Attributes:
+        attack: what was run, as results name it (`rosais`, `none`, ...).
+        defence: in a matrix, under which; else None.
+        results: records that ended.
+        requests: answered requests.
+        candidates: plans scored among them.
+        tokens: of these requests, as if each was computed alone.
+        computed_tokens: prompt tokens that the engine computed.
+        seconds: of the wall clock.
+        device: what computed.
+        versions: of the programs that took part.
+
+    """
+
+    attack: str
+    defence: str | None = None
+    results: int
+    requests: int
+    candidates: int
+    tokens: int
+    computed_tokens: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+
+
 class Unknown(Record, frozen=True, kw_only=True):
     """A record of a type that this version does not know."""
 
@@ -279,7 +355,7 @@ KINDS: dict[str, type[Record]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
         *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Matrix, Utility, Throughput),
-        *(Candidate, Suffixes, OwnAnswers, Addition),
+        *(Candidate, Suffixes, OwnAnswers, Addition, Work),
     )
 }
 
@@ -300,9 +376,14 @@ def name_of_type(record: Record) -> str:
 
 
 def job_of(entry: Entry) -> tuple[Any, ...]:
-    """Key of the job that a record belongs to: what a search notes stands under the job's own key and two or three parts more."""
+    """Key of the job that a record belongs to.
+
+    What a search notes stands under the job's own key and two or three parts more, and so does a result that came later.
+    """
     key = entry.key if isinstance(entry.key, tuple) else (entry.key,)
-    return key[: {Step: -3, AttemptNote: -2}.get(type(entry.record))]
+    if isinstance(entry.record, Step | AttemptNote):
+        return key[: -3 if isinstance(entry.record, Step) else -2]
+    return key[:-2] if key[-2:-1] == (AGAIN,) else key
 
 
 def _plain(error: msgspec.ValidationError) -> str:
@@ -329,8 +410,20 @@ def entries(folder: str | os.PathLike[str]) -> Iterator[Entry]:
             raise CampaignError(f"{where}: record {key!r} of type {name!r}: {_plain(error)}") from None
 
 
-def read(folder: str | os.PathLike[str], *kinds: type[R]) -> Iterator[R]:
-    """The records of these types in a folder; see `entries`."""
+def current(folder: str | os.PathLike[str]) -> Iterator[Entry]:
+    """As `entries`, without results that a later one replaces."""
+    last: dict[tuple[Any, ...], Key] = {}
+    for _, fields in read_lines(folder):
+        key = fields[KEY_FIELD]
+        if isinstance(key, tuple) and key[-2:-1] == (AGAIN,):
+            last[key[:-2]] = key
     for entry in entries(folder):
+        if isinstance(entry.record, Step | AttemptNote) or last.get(job_of(entry), entry.key) == entry.key:
+            yield entry
+
+
+def read(folder: str | os.PathLike[str], *kinds: type[R]) -> Iterator[R]:
+    """The records of these types in a folder; see `current`."""
+    for entry in current(folder):
         if isinstance(entry.record, kinds):
             yield entry.record

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from ..evaluation.artifacts import ArtifactParameters, write_artifact
-from ..evaluation.artifacts import Attempt as ArtifactAttempt
 from ..evaluation.datasets import prompts_digest
 from ..search.adaptive import Library
-from ..search.backend import Backend
+from ..search.backend import Backend, Search
+from ..search.fsour import FsourSettings
 from ..search.rosais import RosaisSettings
+from . import artifact
 from .bench import Bench
-from .jobs import Job, dataset_mask_record, fsour_record, mask_record, plain_record, rosais_record, run_jobs
+from .campaign import Campaign
+from .fsour import fsour_record
+from .jobs import Job, What, dataset_mask_record, mask_record, plain_record, rosais_record, run_jobs, unjudged
 from .model import Item
 from .prompts import read_prompts
-from .records import Fsour, Matrix, Record, read
-from .records import Rosais as RosaisRecord
+from .records import Answer, DatasetMask, Fsour, Mask, Matrix, Record, read
 from .settings import FsourStudy, MaskStudy, RosaisStudy
 from .summary import fsour_summary, mask_summary, rosais_summary, scored_run
 from .workspace import Workspace
@@ -49,8 +49,8 @@ def run_rosais(study: RosaisStudy, backend: Backend | None = None) -> dict[str, 
         if not all(campaign.done(key) for key in keys):
             with workspace.bench() as bench:
                 jobs = [job(bench, search, item) for search in searches for item in workspace.items]
-                run_jobs(campaign, bench.backend, jobs, label="RoSais", concurrency=study.engine.concurrency)
-        summary = rosais_summary(read(study.out, RosaisRecord))
+                run_jobs(campaign, bench.backend, jobs, What("RoSais", "rosais"), concurrency=study.engine.concurrency)
+        summary = rosais_summary(read(study.out, Record))
         campaign.finish(summary)
     return summary
 
@@ -72,31 +72,51 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
         "max_new_tokens": study.judging.max_new_tokens,
     }
 
-    def plain(bench: Bench, item: Item) -> Job:
-        return ("none", item.prompt.id), lambda _: plain_record(bench, item)
-
     def of_dataset(bench: Bench, attack: str, seed: int, level: int) -> Job:
         settings = replace(search, seed=seed, num_layers=level)
         key = (f"{attack}-dataset", seed, level)
-        return key, lambda _: dataset_mask_record(bench, search_items, workspace.items, attack, ranking, settings)
+
+        def search_of(so_far: Sequence[Record]) -> Search[DatasetMask]:
+            earlier = unjudged(so_far)
+            assert earlier is None or isinstance(earlier, DatasetMask)
+            return dataset_mask_record(bench, search_items, workspace.items, attack, ranking, settings, earlier)
+
+        return key, search_of
 
     def of_prompt(bench: Bench, attack: str, seed: int, item: Item) -> Job:
         settings = replace(search, seed=seed)
-        return (attack, seed, item.prompt.id), lambda _: mask_record(bench, item, attack, ranking, settings, levels)
+
+        def search_of(so_far: Sequence[Record]) -> Search[Mask]:
+            earlier = unjudged(so_far)
+            assert earlier is None or isinstance(earlier, Mask)
+            return mask_record(bench, item, attack, ranking, settings, levels, earlier)
+
+        return (attack, seed, item.prompt.id), search_of
 
     with workspace.campaign("mask-attack", own) as campaign:
         with workspace.bench() as bench:
-            jobs = [plain(bench, item) for item in workspace.items]
+            at_once = study.engine.concurrency
+            run_plain(campaign, bench, workspace.items, at_once)
             for attack in study.attacks:
-                for seed in study.seeds:
-                    if search_items:
-                        jobs += [of_dataset(bench, attack, seed, level) for level in levels]
-                    else:
-                        jobs += [of_prompt(bench, attack, seed, item) for item in workspace.items]
-            run_jobs(campaign, bench.backend, jobs, label="router masking", concurrency=study.engine.concurrency)
+                if search_items:
+                    jobs = [of_dataset(bench, attack, seed, level) for seed in study.seeds for level in levels]
+                else:
+                    jobs = [of_prompt(bench, attack, seed, item) for seed in study.seeds for item in workspace.items]
+                what = What(f"router masking, {attack}", f"{attack}-dataset" if search_items else attack)
+                run_jobs(campaign, bench.backend, jobs, what, concurrency=at_once)
         summary = mask_summary(read(study.out, Record))
         campaign.finish(summary)
     return summary
+
+
+def run_plain(campaign: Campaign, bench: Bench, items: Sequence[Item], concurrency: int) -> dict[str, Answer]:
+    """The model's own answers, judged; by prompt."""
+
+    def job(item: Item) -> Job:
+        return ("none", item.prompt.id), lambda _: plain_record(bench, item)
+
+    run_jobs(campaign, bench.backend, [job(item) for item in items], What("no attack", "none"), concurrency=concurrency)
+    return {record.prompt: record for record in read(campaign.folder, Answer)}
 
 
 def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, Any]:
@@ -105,28 +125,39 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
     search = replace(study.search, max_new_tokens=study.judging.max_new_tokens)
     num_first = study.library_prompts if search.strategy == "adaptive" else 0
     first, rest = workspace.items[:num_first], workspace.items[num_first:]
-    label = f"F-SOUR ({search.strategy})"
+    label, attack = f"F-SOUR ({search.strategy})", f"fsour-{search.strategy}"
+    own = _without(search, "seed") | {"library_prompts": num_first}
+    if not study.search_answered:
+        own["plain_answer_first"] = True
 
-    def job(bench: Bench, seed: int, item: Item, library: Library | None) -> Job:
-        settings = replace(search, seed=seed)
-        return (seed, item.prompt.id), lambda so_far: fsour_record(bench, item, settings, library, so_far)
-
-    def jobs(bench: Bench, items: Sequence[Item], libraries: Mapping[int, Library]) -> list[Job]:
-        return [job(bench, seed, item, libraries.get(seed)) for seed in study.seeds for item in items]
-
-    with workspace.campaign("fsour", _without(search, "seed") | {"library_prompts": num_first}) as campaign:
+    with workspace.campaign("fsour", own) as campaign:
         with workspace.bench() as bench:
             at_once = study.engine.concurrency
+            plain = {} if study.search_answered else run_plain(campaign, bench, workspace.items, at_once)
+
+            def jobs(items: Sequence[Item], libraries: Mapping[int, Library]) -> list[Job]:
+                return [
+                    _fsour_job(bench, replace(search, seed=seed), item, libraries.get(seed), plain)
+                    for seed in study.seeds
+                    for item in items
+                ]
+
             if first:
-                run_jobs(campaign, bench.backend, jobs(bench, first, {}), label=f"{label}, library", concurrency=at_once)
+                run_jobs(campaign, bench.backend, jobs(first, {}), What(f"{label}, library", attack), concurrency=at_once)
             names = {item.prompt.id for item in first}
             libraries = {seed: library_of(read(study.out, Fsour), seed, names) for seed in study.seeds}
-            run_jobs(campaign, bench.backend, jobs(bench, rest, libraries), label=label, concurrency=at_once)
-        summary = fsour_summary(read(study.out, Fsour))
+            run_jobs(campaign, bench.backend, jobs(rest, libraries), What(label, attack), concurrency=at_once)
+        summary = fsour_summary(read(study.out, Record))
         campaign.finish(summary)
     if study.artifact is not None:
-        _write_artifact(study.artifact, study, workspace)
+        artifact.write(study.artifact, study, read(study.out, Record), workspace.records, workspace.judges.settings())
     return summary
+
+
+def _fsour_job(bench: Bench, settings: FsourSettings, item: Item, library: Library | None, plain: Mapping[str, Answer]) -> Job:
+    return (settings.seed, item.prompt.id), lambda so_far: fsour_record(
+        bench, item, settings, library, so_far, plain.get(item.prompt.id)
+    )
 
 
 def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) -> Library:
@@ -135,40 +166,8 @@ def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) 
         [
             (record.prompt_tokens, record.final.routes)
             for record in records
-            if record.seed == seed and record.prompt in prompts and record.success and record.final and record.prompt_tokens
+            if record.seed == seed and record.prompt in prompts and record.success
+            # A plain answer that complies has no route.
+            if record.final and record.final.routes and record.prompt_tokens
         ]
     )
-
-
-def _write_artifact(path: Path, study: FsourStudy, workspace: Workspace) -> None:
-    """The first seed's results as a JailbreakBench attack artifact."""
-    place = {item.prompt.id: item.record for item in workspace.items}
-    attempts = []
-    for found in read(study.out, Fsour):
-        if found.seed != study.seeds[0]:
-            continue
-        prompt = place[found.prompt]
-        attempts.append(
-            ArtifactAttempt(
-                index=prompt.index,
-                goal=prompt.goal,
-                behavior=str(prompt.extra.get("behavior", prompt.id)),
-                category=prompt.category,
-                prompt=prompt.request,
-                response=found.completion,
-                jailbroken=found.success,
-                judge_error=found.error,
-                number_of_queries=found.candidates,
-                queries_to_jailbreak=found.candidates if found.success else None,
-                prompt_tokens=found.tokens,
-            )
-        )
-    parameters = ArtifactParameters(
-        method=f"F-SOUR ({study.search.strategy})",
-        model=study.model,
-        attack_type="white_box",
-        judge=workspace.judge.name,
-        defense="route-policy" if study.engine.policy else None,
-    )
-    ordered = sorted(attempts, key=lambda attempt: attempt.index)
-    write_artifact(path, parameters, ordered, keep_completions=study.judging.keep_completions)

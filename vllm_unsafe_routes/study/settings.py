@@ -42,7 +42,10 @@ class JudgeSettings:
     """How answers are made and judged.
 
     Attributes:
-        name: `lab`, `refusal` or a template file; None: `lab` on prompts of the lab language, else `refusal`.
+        name: the judge whose verdict is the result, as `study.judges` takes it: `lab`, `refusal`, `llama-guard` or a template file;
+            None: `lab` on prompts of the lab language, else `refusal`.
+        more: further judges, reported beside the first.
+        stop: the judge that ends a search; None: the first.
         url: OpenAI-compatible endpoint of a judge model, up to and including /v1.
         model: the judge model's name there.
         key_env: environment variable with the endpoint's key; None: it needs none.
@@ -53,6 +56,8 @@ class JudgeSettings:
     """
 
     name: str | None = None
+    more: tuple[str, ...] = ()
+    stop: str | None = None
     url: str | None = None
     model: str | None = None
     key_env: str | None = None
@@ -143,9 +148,12 @@ class FsourStudy(Setup):
         library_prompts: strategy `adaptive`: this many prompts are attacked first, and the routes found there are where the others
             start.
         artifact: also write a JailbreakBench attack artifact to this file.
+        search_answered: also search prompts that the model answers anyway, as runs before 2026-11-26 did; else the plain answer is
+            judged first, and one that complies is a success without a search, as published.
 
     """
 
     search: FsourSettings = field(default_factory=FsourSettings)
     library_prompts: int = 4
     artifact: Path | None = None
+    search_answered: bool = False

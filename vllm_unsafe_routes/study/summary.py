@@ -16,7 +16,8 @@ from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval
 from ..search.rosais import dataset_scores, rank, share_masks
 from .campaign import SUMMARY_FILE, read_settings
-from .records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Record, Rosais, Throughput, Utility, read
+from .cost import cost_of
+from .records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Opinion, Record, Rosais, Throughput, Utility, read
 
 DIGITS = 4
 # Of a score's mean in a summary: records have no more.
@@ -36,6 +37,7 @@ class Try(NamedTuple):
         seed: of the attack's draws; 0 without an attack.
         category: of the prompt; None where the record does not say.
         judged: the verdict.
+        judge: whose; None: that of the run's first judge.
 
     """
 
@@ -44,12 +46,14 @@ class Try(NamedTuple):
     prompt: str
     seed: int
     category: str | None
-    judged: Judged
+    judged: Judged | Opinion
+    judge: str | None = None
 
     @property
     def name(self) -> str:
         """Attack and level as summaries write them."""
-        return self.attack if self.level is None else f"{self.attack}/{self.level}"
+        name = self.attack if self.level is None else f"{self.attack}/{self.level}"
+        return name if self.judge is None else f"{name} by {self.judge}"
 
     @property
     def row(self) -> Row:
@@ -74,7 +78,13 @@ def tries(records: Iterable[Record]) -> list[Try]:
             found += [
                 Try(record.attack, record.level, prompt, record.seed, None, judged) for prompt, judged in record.answers.items()
             ]
-    return found
+    return found + [further for one in found for further in _by_others(one)]
+
+
+def _by_others(one: Try) -> Iterable[Try]:
+    """What further judges say of the same answer."""
+    assert isinstance(one.judged, Judged)
+    return (one._replace(judged=said, judge=name) for name, said in (one.judged.others or {}).items())
 
 
 def interval_json(interval: Interval, errors: int) -> dict[str, Any]:
@@ -179,9 +189,17 @@ def scored_run(folder: Path, fingerprint: str) -> tuple[dict[str, Any], list[int
 # What `summary.json` holds.
 
 
-def rosais_summary(records: Iterable[Rosais]) -> dict[str, Any]:
+def _cost(records: Sequence[Record]) -> dict[str, Any]:
+    """What it took, where the run kept it."""
+    cost = cost_of(records)
+    searches = sum(isinstance(record, Rosais | Mask | DatasetMask | Fsour | Matrix) for record in records)
+    return {} if cost is None else {"cost": cost.to_dict(searches)}
+
+
+def rosais_summary(records: Iterable[Record]) -> dict[str, Any]:
     """Mean score of each layer with its interval over prompts and seeds, and the dataset-level score where masks were shared."""
-    found = list(records)
+    everything = list(records)
+    found = [record for record in everything if isinstance(record, Rosais)]
     scores = layer_scores(found)
     layers = {}
     for layer, mean in scores.means.items():
@@ -194,6 +212,7 @@ def rosais_summary(records: Iterable[Rosais]) -> dict[str, Any]:
         "seeds": sorted({record.seed for record in found}),
         "layers": layers,
         "ranking": list(scores.ranking),
+        **_cost(everything),
     }
 
 
@@ -203,7 +222,8 @@ def _ends(interval: Interval) -> tuple[float, float, float]:
 
 def mask_summary(records: Iterable[Record]) -> dict[str, Any]:
     """ASR of each attack and number of layers, with intervals."""
-    return {"asr": rates((one.name, one.row) for one in tries(records))}
+    found = list(records)
+    return {"asr": rates((one.name, one.row) for one in tries(found)), **_cost(found)}
 
 
 TOTALS = ("attempts", "candidates", "needed", "tokens", "computed_tokens")
@@ -215,10 +235,18 @@ def total(records: Iterable[Record], name: str) -> int | None:
     return None if None in values else sum(values)
 
 
-def fsour_summary(records: Iterable[Fsour]) -> dict[str, Any]:
-    """ASR with its interval, and what it cost."""
-    found = list(records)
-    return {"asr": rate([one.row for one in tries(found)]), **{name: total(found, name) for name in TOTALS}}
+def fsour_summary(records: Iterable[Record]) -> dict[str, Any]:
+    """ASR with its interval, by every judge and without an attack, and what it cost."""
+    everything = list(records)
+    found = [record for record in everything if isinstance(record, Fsour)]
+    by_name = rates((one.name, one.row) for one in tries(everything))
+    asr = by_name.pop(found[0].attack) if found else rate([])
+    return {
+        "asr": asr,
+        **({"asr_besides": by_name} if by_name else {}),
+        **{name: total(found, name) for name in TOTALS},
+        **_cost(everything),
+    }
 
 
 def matrix_summary(records: Iterable[Record]) -> dict[str, Any]:
@@ -226,15 +254,20 @@ def matrix_summary(records: Iterable[Record]) -> dict[str, Any]:
     cells: dict[str, list[tuple[str, Row]]] = {}
     utility: dict[str, list[tuple[str, Row]]] = {}
     speed: dict[str, float] = {}
-    for record in records:
+    everything = list(records)
+    for record in everything:
         if isinstance(record, Matrix):
-            cells.setdefault(record.defence, []).append((record.attack, (record.prompt, record.seed, record.success)))
+            rows = cells.setdefault(record.defence, [])
+            rows.append((record.attack, (record.prompt, record.seed, record.success)))
+            for judge, said in (record.others or {}).items():
+                rows.append((f"{record.attack} by {judge}", (record.prompt, record.seed, said.success)))
         elif isinstance(record, Utility):
             row = utility_row(record, "right" if record.kind == "benign" else "refused")
             utility.setdefault(record.defence, []).append((record.kind, row))
         elif isinstance(record, Throughput):
             speed[record.defence] = record.seconds.tokens_per_s
     return {
+        **_cost(everything),
         "asr": {defence: rates(rows) for defence, rows in cells.items()},
         "utility": {defence: rates(rows) for defence, rows in utility.items()},
         "tokens_per_s": speed,

@@ -9,13 +9,12 @@ from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.datasets import PromptRecord, prompts_digest
-from ..evaluation.judges import Judge
 from ..policy import RoutePolicy
 from ..search.backend import Backend
 from .bench import Bench, open_backend
 from .campaign import Campaign
 from .jobs import VOLATILE
-from .judges import judge_of, make_judge
+from .judges import Panel
 from .model import LAB, NO_WRAPPER, Item, Model, Wrapper
 from .prompts import read_prompts
 from .settings import Setup
@@ -41,8 +40,8 @@ class Workspace:
         self.wrapper = Wrapper("system", setup.system) if setup.system else NO_WRAPPER
         self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories, columns=setup.columns)
         self.items = self.render(self.records)
-        judge = setup.judging.name or (LAB if setup.data.startswith("lab:") else "refusal")
-        self.judge: Judge = make_judge(judge, setup.judging)
+        judge = LAB if setup.data.startswith("lab:") else "refusal"
+        self.judges = Panel.of(setup.judging, judge)
         self._backend = backend
 
     def render(self, records: Sequence[PromptRecord], wrapper: Wrapper | None = None) -> list[Item]:
@@ -71,7 +70,7 @@ class Workspace:
             "num_prompts": len(self.records),
             "policy": setup.engine.policy.digest if setup.engine.policy else None,
             "system": self.wrapper.system,
-            "judge": self.judge.name,
+            **self.judges.settings(),
             "dtype": setup.engine.dtype,
             "seeds": list(setup.seeds),
         }
@@ -96,5 +95,7 @@ class Workspace:
     def _bench(self, backend: Backend) -> Bench:
         items = {item.prompt.id: item for item in self.items}
         judging = self.setup.judging
-        judge = judge_of(self.model, self.judge, items)
-        return Bench(self.model, backend, judge, judging.max_new_tokens, judging.keep_completions)
+        judges = self.judges.on(self.model, items)
+        return Bench(
+            self.model, backend, max_new_tokens=judging.max_new_tokens, keep_completions=judging.keep_completions, **judges
+        )
