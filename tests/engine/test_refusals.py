@@ -203,7 +203,7 @@ def test_a_runner_class_that_nobody_has_read(bind, loaded, monkeypatch):
         bind()
 
 
-# By vLLM's names of quantisation methods; the first has Triton kernels, GPT-OSS's would be monolithic again with --moe-backend triton.
+# By vLLM's names of quantisation methods; the first has Triton kernels, GPT-OSS's would be monolithic again with them.
 ADVICE = {
     "UnquantizedFusedMoEMethod": "triton",
     "Fp8MoEMethod": "triton",
