@@ -1,5 +1,6 @@
 """How fast candidates of a route search are scored: this project's engine against transformers, turn by turn.
 
+The engine scores candidates in two ways, each a column: as requests ("engine"), and as cells in one call to the workers ("cells").
 F-SOUR as the published code runs it (the best of all draws is kept), 10 draws at each cell, (position, layer). In a timed round
 every prompt visits a few cells, spread evenly over all positions and layers, so that a round costs what as many candidates of whole
 attempts cost; a whole attempt is timed beside it. Baselines force experts by -inf on a router's logits, as the published code does:
@@ -41,6 +42,7 @@ from shapes import NAMES, config_of, make_model
 
 TARGET, DRAWS, BATCH = 16, 10, 64
 S1, S2, ANSWER = 20, 100, 64
+WAYS = ("engine", "cells")
 ONE_BY_ONE, BATCHES = "transformers, one by one", f"transformers, batches of {BATCH}"
 PUBLISHED, FASTEST = "transformers, one by one, expert loop", "transformers, one by one, fastest experts"
 # device -> baseline -> the column of ratios to it
@@ -215,6 +217,7 @@ def serve_engine(options: dict[str, Any]) -> Talk:
     if options["device"] == "cpu":
         import engines  # noqa: F401 - the environment of CPU engines
     from vllm_unsafe_routes import RoutePlan
+    from vllm_unsafe_routes.cells import Cells
     from vllm_unsafe_routes.engine.launch import launch
     from vllm_unsafe_routes.search.scorer import RouteScorer
 
@@ -227,6 +230,10 @@ def serve_engine(options: dict[str, Any]) -> Talk:
         if do == "score":
             plans = [RoutePlan().force(layer, [position], experts) for layer, position, experts in command["forced"]]
             command = yield scorer.score(command["prompt"], command["target"], plans).tolist()
+        elif do == "cells":
+            moves = [[(layer, position, position + 1, experts)] for layer, position, experts in command["forced"]]
+            (found,) = scorer.backend.score_cells([Cells.of(command["prompt"], command["target"], None, moves)])  # type: ignore[misc]
+            command = yield found.values.tolist()
         elif do == "profile":
             command = yield profiled(search, command)
         else:
@@ -262,8 +269,11 @@ class Search:
 
         return Prompt(name, tuple(token_ids(seed, length, self.vocab)), tuple(token_ids(seed + 1, TARGET, self.vocab)))
 
-    def attempts(self, in_flight: int, cells: int | None, length: int, seed: int, min_gain: float, answer: int = 1) -> Row:
+    def attempts(
+        self, in_flight: int, cells: int | None, length: int, seed: int, min_gain: float, answer: int = 1, way: str = "cells"
+    ) -> Row:
         """F-SOUR on some prompts; all their cells, or `cells` of all prompts together."""
+        self.backend.has_cells = way == "cells"
         from vllm_unsafe_routes.evaluation.judges import Verdict
         from vllm_unsafe_routes.search.backend import Stats, run_tasks
         from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
@@ -278,6 +288,7 @@ class Search:
         watch = Watch()
         found = [attempt for _, attempt in run_tasks(self.backend, tasks, concurrency=in_flight, stats=Stats())]
         times = watch.read()
+        assert self.backend.has_cells == (way == "cells"), "the engine cannot score cells; its log says why"
         scored = sum(attempt.candidates for attempt in found)
         expected = DRAWS * (total * in_flight if cells is None else cells) + in_flight
         assert scored == expected, f"{scored} candidates scored, expected {expected}"
@@ -344,7 +355,7 @@ def agreement(options: dict[str, Any]) -> Talk:
     scores = [baseline.score(prompt, target, forced, batch) for batch in (1, BATCH)]
     engine = serve_engine({**options, "folder": folder, "dtype": dtype})
     next(engine)
-    scores.append(engine.send({"do": "score", "prompt": prompt, "target": target, "forced": forced}))
+    scores += [engine.send({"do": do, "prompt": prompt, "target": target, "forced": forced}) for do in ("score", "cells")]
     worst = furthest(scores, tolerance)
     yield {"candidates": len(forced), "dtype": dtype, "nats_apart": worst}
 
@@ -422,13 +433,16 @@ def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) 
         "device": "cuda" if run.on_gpu else "cpu",
     }
     more: dict[str, Any] = {} if run.size == "cpu" else {"load_format": "dummy"}
+    kv_bytes = 2 * common.GIB
     if run.on_gpu:
         # Scores take rows times vocabulary in float32 beside the KV cache, and transformers is on the same GPU.
+        # Cells take half of the KV cache.
+        kv_bytes = (8 if key == "olmoe" else 2) * common.GIB
         more |= {"max_num_seqs": 512, "max_num_batched_tokens": 4096}
     elif run.rehearse:
         more |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
     more |= common.latent_settings(run) if key == "deepseek_v2_lite" else {}
-    options["settings"] = common.engine_settings(run, 2 * common.GIB, **more)
+    options["settings"] = common.engine_settings(run, kv_bytes, **more)
     env = common.engine_environment(run, v2=False)
     return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(threads)})
 
@@ -467,7 +481,8 @@ class Sides:
     @property
     def variants(self) -> list[str]:
         """Baselines first."""
-        return [*BASELINES[self.run.device], *(f"engine, {count} in flight" for count in self.amounts.cells)]
+        ours = (f"{way}, {count} in flight" for way in WAYS for count in self.amounts.cells)
+        return [*BASELINES[self.run.device], *ours]
 
     def rate(self, found: Row) -> float:
         """Candidates a second: of CPU time with one thread, which other work hardly changes, else of the wall clock."""
@@ -486,10 +501,10 @@ class Sides:
             batch = BATCH if variant == BATCHES else 1
             count = self.amounts.passes if batch == 1 else BATCH * (1 if self.run.rehearse else 3)
             return self.passes(count, seed, self.fastest[variant], batch)
-        in_flight = int(variant.split()[1])
+        way, in_flight = variant.split(",")[0], int(variant.split()[1])
         amounts = self.amounts
         sizes = {"in_flight": in_flight, "cells": amounts.cells[in_flight], "length": amounts.prompt, "min_gain": amounts.min_gain}
-        found: Row = self.engine.ask(self.run.left, do="attempts", seed=seed, **sizes)
+        found: Row = self.engine.ask(self.run.left, do="attempts", seed=seed, way=way, **sizes)
         return found
 
     def choose(self, results: Results) -> None:
@@ -561,7 +576,7 @@ def whole(sides: Sides, results: Results, medians: dict[str, float]) -> None:
     length = 6 if run.rehearse else amounts.prompt
     sizes = {"in_flight": 1, "cells": None, "length": length, "min_gain": amounts.min_gain, "answer": amounts.answer}
     found = sides.engine.ask(run.left, do="attempts", seed=77, **sizes)
-    keep("whole run", "engine, 1 in flight" if run.device == "cpu" else f"{length} prompt tokens", found, medians)
+    keep("whole run", "cells, 1 in flight" if run.device == "cpu" else f"{length} prompt tokens", found, medians)
     if run.device == "cpu":
         return
     s1, s2 = (2, 4) if run.rehearse else (S1, S2)
@@ -617,7 +632,7 @@ def check_scores(sides: Sides, results: Results) -> None:
     length, last = sides.amounts.prompt, config["vocab_size"] - 8
     asked = {"prompt": token_ids(1, length, last), "target": token_ids(2, TARGET, last)}
     asked["forced"] = candidates(ModelShape.from_hf_config(config), BATCH, 3, length)  # type: ignore[assignment]
-    scores = [sides.engine.ask(run.left, do="score", **asked)]
+    scores = [sides.engine.ask(run.left, do=do, **asked) for do in ("score", "cells")]
     scores += [sides.baseline.ask(run.left, do="score", batch=batch, **asked) for batch in (1, BATCH)]
     try:
         worst = furthest(scores, TOLERANCE[dtype_of(run)])

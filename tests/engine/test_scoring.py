@@ -78,8 +78,8 @@ def test_scores_in_pieces_are_the_same(llm, tiny_model, monkeypatch):
     whole = score(llm, items)
     (controller,) = [controllers[handle] for handle in list(controllers)][-1:]
     sizes = []
-    own = scoring._log_probs
-    monkeypatch.setattr(scoring, "_log_probs", lambda logits, ids: sizes.append(len(ids)) or own(logits, ids))
+    own = scoring.log_probs
+    monkeypatch.setattr(scoring, "log_probs", lambda logits, ids: sizes.append(len(ids)) or own(logits, ids))
     monkeypatch.setattr(controller, "_scoring", scoring.Scoring(scoring.PIECE_BYTES // 4 // 5))
     pieces = score(llm, items)
     assert max(sizes) == 5 and len(sizes) > 2

@@ -30,7 +30,21 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 LAYERS = (
     ("errors", "files"),
     ("architectures",),
-    ("shape", "directive", "wire", "jitter", "plan", "policy", "extras", "receipt", "compiled", "compiler", "table", "kernels"),
+    (
+        "shape",
+        "directive",
+        "wire",
+        "jitter",
+        "plan",
+        "policy",
+        "extras",
+        "receipt",
+        "compiled",
+        "compiler",
+        "table",
+        "cells",
+        "kernels",
+    ),
     ("search.backend", "evaluation", "lab"),
     ("search", "engine"),
     ("study",),
@@ -247,39 +261,39 @@ class _Arrived(BaseException):
 def candidate_path() -> list[tuple[str, str]]:
     """Functions (file, name) that an F-SOUR candidate goes through from the command to the backend.
 
-    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that takes requests and computes nothing. The
-    way of the first candidate is every function of the package that is on the call stack when its request is made (the search that
-    draws it, and all that drive that search), and again when the backend gets it. Each function counts once.
+    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that takes cells and computes nothing. The
+    way of the first candidate is every function of the package that is on the call stack when its cells are made (the search that
+    draws it, and all that drive that search), and again when the backend gets them. Each function counts once.
     """
     import numpy as np
 
     from vllm_unsafe_routes import cli
-    from vllm_unsafe_routes.search.backend import About, Request, Response
+    from vllm_unsafe_routes.cells import Cells, CellScores
+    from vllm_unsafe_routes.search.backend import About
     from vllm_unsafe_routes.search.http import HttpBackend
 
     makers: dict[int, list[tuple[str, str]]] = {}
     way: list[tuple[str, str]] = []
-    plain_init = Request.__init__
+    plain_init = Cells.__init__
 
-    def init(self: Request, *args: Any, **kwargs: Any) -> None:
+    def init(self: Cells, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         makers[id(self)] = _stack(sys._getframe(1))
 
-    def submit(self: HttpBackend, number: int, request: Request) -> None:
-        if "route_delta" in request.extras.to_extra_args():
-            way.extend(dict.fromkeys([*makers[id(request)], *_stack(sys._getframe(1))]))
+    def score_cells(self: HttpBackend, items: list[Cells]) -> list[CellScores]:
+        if len(items[0].moves):
+            way.extend(dict.fromkeys([*makers[id(items[0])], *_stack(sys._getframe(1))]))
             raise _Arrived
-        self._in_flight.add(number)
-        self._results.put((number, Response((1,), 1, np.full((64, 1), -1.0, np.float32))))
+        return [CellScores(np.full(item.num_candidates, -9.0), 1, 1) for item in items]
 
     command = "fsour --model lab --data lab:test --limit 1 --server http://none --strategy paper --out"
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(Request, "__init__", init),
+        mock.patch.object(Cells, "__init__", init),
         mock.patch.object(HttpBackend, "_describe", new_callable=mock.Mock),
         mock.patch.object(HttpBackend, "_run", return_value=("lab", 256)),
         mock.patch.object(HttpBackend, "about", return_value=About("nothing")),
-        mock.patch.object(HttpBackend, "submit", submit),
+        mock.patch.object(HttpBackend, "score_cells", score_cells),
         redirect_stdout(StringIO()),
         redirect_stderr(StringIO()),
         suppress(_Arrived),

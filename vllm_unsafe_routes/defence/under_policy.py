@@ -6,9 +6,11 @@ own enforcement binds other clients; what is reported of a finished policy is me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from ..cells import Cells, CellScores
 from ..errors import RouteError
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
@@ -52,6 +54,12 @@ class PolicyBackend:
         if self._bans:
             request = replace(request, extras=replace(request.extras, plan=self._with_bans(request.extras.plan)))
         self._backend.submit(number, request)
+
+    def score_cells(self, items: Sequence[Cells]) -> list[CellScores] | None:
+        """Score candidates under the policy."""
+        if self._bans:
+            items = [replace(item, plan=self._with_bans(item.plan)) for item in items]
+        return self._backend.score_cells(items)
 
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """As the engine's."""

@@ -1,6 +1,7 @@
 """Names under which route control hangs its objects on vLLM's."""
 
-# `RouteController` on a model runner, `RouteAdmission` on a scheduler, `RouteMonitor` on an `AsyncLLM`.
+# `RouteController` on a model runner, `RouteAdmission` on a scheduler, `RouteMonitor` on an `AsyncLLM`,
+# `CellScorer` on a model runner.
 CONTROLLER = "unsafe_routes_controller"
 ADMISSION = "unsafe_routes_admission"
 MONITOR = "unsafe_routes_monitor"
@@ -9,3 +10,4 @@ PARTS = "unsafe_routes_receipt_parts"
 SAMPLES = "unsafe_routes_receipts"
 # On the `RequestOutputCollector` of a request that came over HTTP: its `HttpAnswer`, and which of the answer's requests it is.
 ANSWER = "unsafe_routes_answer"
+CELLS = "unsafe_routes_cells"

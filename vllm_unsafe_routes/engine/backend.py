@@ -7,16 +7,22 @@ import re
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from ..cells import Cells, CellScores
 from ..errors import RouteError
 from ..receipt import receipt_of
 from ..search.backend import About, Request, Response, own_versions
+from .cell_blocks import CellsUnavailable, ask
 from .config import model_shape, route_config
+from .log import logger_of
+
+logger = logger_of(__name__)
 
 _ENDED = "the engine's process has ended (its own messages stand above); what was finished before is kept"
 
@@ -54,6 +60,9 @@ class EngineBackend:
         engine: made with `additional_config={"unsafe_routes": {"allow_overrides": True}}`.
         capacity: requests handed to the engine at a time; None: twice what it schedules at once.
 
+    Attributes:
+        has_cells: whether candidates are scored as cells; False: as requests.
+
     Raises:
         RouteError: overrides are not enabled, or the model has no MoE layer.
 
@@ -72,6 +81,7 @@ class EngineBackend:
         self.policy = config.load_policy()
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.capacity = capacity or 2 * int(vllm_config.scheduler_config.max_num_seqs)
+        self.has_cells = True
         # Requests that an abandoned search left behind must not be taken for later ones.
         self._prefix = f"route-search-{id(self):x}-"
         self._lengths: dict[int, int] = {}
@@ -91,6 +101,19 @@ class EngineBackend:
         except EngineDeadError as error:
             raise RouteError(_ENDED) from error
         self._lengths[number] = len(request.token_ids)
+
+    def score_cells(self, items: Sequence[Cells]) -> list[CellScores] | None:
+        """Score candidates between two steps. None: this engine cannot. Raises `RouteError` if they are refused."""
+        if not self.has_cells:
+            return None
+        try:
+            return ask(self.engine.engine_core, items)
+        except EngineDeadError as error:
+            raise RouteError(_ENDED) from error
+        except CellsUnavailable as error:
+            logger.warning("Candidates are scored as requests: %s", error)
+            self.has_cells = False
+            return None
 
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """Step the engine until a request has finished. Raises `RouteError` if its process has ended."""

@@ -34,6 +34,7 @@ class RouteConfig:
         gating: "native": the model's own gating runs first and only directed tokens are rewritten, so undirected tokens are
             bit for bit the model's own. "fused": one kernel replaces the gating of every token (Triton on GPUs).
         jitter: noise on router logits as `Jitter.to_dict`, or None.
+        score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
 
     """
 
@@ -45,6 +46,7 @@ class RouteConfig:
     route_table_slots: int = 4096
     gating: str = "native"
     jitter: Mapping[str, Any] | None = None
+    score_blocks: int | None = None
 
     @property
     def enabled(self) -> bool:
@@ -81,6 +83,9 @@ class RouteConfig:
             value = values.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RouteError(f"{name} must be a positive integer, got {value!r}")
+        blocks = values.get("score_blocks")
+        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 3):
+            raise RouteError(f"score_blocks must be an integer of at least 3, or null, got {blocks!r}")
         if values.get("gating", "native") not in GATING_CHOICES:
             raise RouteError(f"gating {values['gating']!r} is not one of {', '.join(GATING_CHOICES)}")
         if values.get("jitter") is not None:

@@ -49,6 +49,7 @@ def register() -> None:
         (symbols.UPDATE_FROM_OUTPUT, _update_from_output),
         (symbols.EXPECT_OUTPUT, _expect_output),
         (symbols.MAKE_OUTPUT, _make_request_output),
+        (symbols.RESET_PREFIX_CACHE, _reset_prefix_cache),
         (symbols.RUN_OUTPUT_HANDLER, _run_output_handler),
         (symbols.LOAD_MODEL, _load_model),
         (symbols.EXECUTE_MODEL, _execute_model),
@@ -57,7 +58,8 @@ def register() -> None:
         (symbols.V2_INPUTS, _v2_prepare_inputs),
     ):
         _wrap(symbol, wrapper)
-    for symbol, method in zip(symbols.ADDED, (_replace_policy, _status, _use_policy, _counts), strict=True):
+    added = (_replace_policy, _status, _use_policy, _counts, _score_cells, _score_worker_cells)
+    for symbol, method in zip(symbols.ADDED, added, strict=True):
         symbol.add(method)
 
 
@@ -304,6 +306,16 @@ def _make_request_output(own: Any) -> Any:
     return make_request_output
 
 
+def _reset_prefix_cache(own: Any) -> Any:
+    def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> bool:
+        admission = _admission(self)
+        if admission is not None:
+            admission.reserve.give_back()
+        return bool(own(self, *args, **kwargs))
+
+    return reset_prefix_cache
+
+
 def _run_output_handler(own: Any) -> Any:
     def _run_output_handler(self: Any) -> None:
         own(self)
@@ -347,6 +359,18 @@ def _counts(self: Any) -> Any:
     from .worker import worker_counts
 
     return worker_counts(self)
+
+
+def _score_cells(self: Any, items: list[dict[str, Any]]) -> dict[str, Any]:
+    from .cell_blocks import score_cells
+
+    return score_cells(self, _core_admission(self), items)
+
+
+def _score_worker_cells(self: Any, reserve: bytes, generation: int, items: list[dict[str, Any]]) -> dict[str, Any]:
+    from .cell_worker import score_worker_cells
+
+    return score_worker_cells(self, reserve, generation, items)
 
 
 def _load_model(own: Any) -> Any:

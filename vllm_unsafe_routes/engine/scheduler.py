@@ -17,6 +17,7 @@ from ..errors import RouteError
 from ..policy import ActivePolicy
 from ..table import Ledger
 from .cache import CONTEXT_ATTRIBUTE, RequestContexts, RouteContext, context_of
+from .cell_blocks import Reserve
 from .config import model_shape, route_config
 from .progress import COUNTS_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts
 from .receipts import ReceiptBook
@@ -50,10 +51,16 @@ class RouteAdmission:
         self._held: list[Any] = []
         self._by_priority = scheduler.policy is SchedulingPolicy.PRIORITY
         self.receipts = ReceiptBook()
+        self.reserve = Reserve(scheduler.kv_cache_manager.block_pool, config.score_blocks)
 
     def _new_ledger(self, compiler: PlanCompiler) -> Ledger:
         self._num_policy_rows = sum(row is not None for row in compiler.policy_rows())
         return Ledger(compiler.max_rows, self.config.route_table_cells, self.config.route_table_slots)
+
+    @property
+    def compiler(self) -> PlanCompiler:
+        """Compiles plans under the active policy."""
+        return self.config.compiler(self.shape, self.active)
 
     @property
     def is_connected(self) -> bool:

@@ -72,7 +72,7 @@ class Scoring:
         rows = upload(np.concatenate([span.rows for span in spans]), torch.int64, hidden_states.device)
         token_ids = upload(padded, torch.int64, hidden_states.device)
         scored = [
-            _log_probs(logits, ids)
+            log_probs(logits, ids)
             for at, ids in zip(rows.split(self._rows_at_once), token_ids.split(self._rows_at_once), strict=True)
             if (logits := model.compute_logits(hidden_states[at])) is not None  # a rank that does not gather them has none
         ]
@@ -88,7 +88,7 @@ class Scoring:
             report.copies.take(torch.cat(scored), use)
 
 
-def _log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """float32 [num_rows, width] of logits [num_rows, vocab_size] and token ids int64 [num_rows, width]."""
     logits = logits.float()
     return logits.gather(1, token_ids) - logits.logsumexp(-1, keepdim=True)

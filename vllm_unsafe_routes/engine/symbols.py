@@ -122,6 +122,12 @@ MAKE_OUTPUT = Symbol(
     ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params"),
     "put a receipt together wherever a request ends",
 )
+RESET_PREFIX_CACHE = Symbol(
+    _SCHEDULER,
+    "Scheduler.reset_prefix_cache",
+    ("self", "reset_running_requests"),
+    "give back the KV blocks that cells are scored in, which would count as used by requests",
+)
 RUN_OUTPUT_HANDLER = Symbol(
     "vllm.v1.engine.async_llm", "AsyncLLM._run_output_handler", ("self",), "export metrics, follow a policy that was replaced"
 )
@@ -158,6 +164,7 @@ SYMBOLS = (
     UPDATE_FROM_OUTPUT,
     EXPECT_OUTPUT,
     MAKE_OUTPUT,
+    RESET_PREFIX_CACHE,
     RUN_OUTPUT_HANDLER,
     LOAD_MODEL,
     EXECUTE_MODEL,
@@ -174,6 +181,13 @@ ADDED = (
         "vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_use_policy", ("self", "document", "planned"), "write a policy's rows"
     ),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_counts", ("self",), "what was counted so far"),
+    Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_score_cells", ("self", "items"), "score candidates between two steps"),
+    Symbol(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.unsafe_routes_score_cells",
+        ("self", "reserve", "generation", "items"),
+        "score candidates between two steps",
+    ),
 )
 
 

@@ -46,6 +46,14 @@ class RouteController:
         model: the loaded model; all its MoE routers are bound here.
         device: where the model runs.
 
+    Attributes:
+        shape: the model's MoE layers.
+        state: what bound routers read on every call.
+        bindings: the bound layers, by MoE slot.
+        policy: the active policy's rows and compiler.
+        shared: tokens that stand for others, where this engine can have them.
+        step: the forward pass in hand.
+
     Raises:
         RouteError: the model or the settings cannot be controlled; the engine must not start.
 
@@ -54,8 +62,8 @@ class RouteController:
     def __init__(self, vllm_config: Any, config: RouteConfig, model: torch.nn.Module, device: torch.device) -> None:
         check_supported(vllm_config)
         self._config = config
-        self._shape = shape = model_shape(vllm_config)
-        self._state = state = RouterState(always=device.type != "cpu")
+        self.shape = shape = model_shape(vllm_config)
+        self.state = state = RouterState(always=device.type != "cpu")
         num_layers, capacity = len(shape.moe_layers), _capacity(vllm_config)
         self._table = DeviceTable(config, config.compiler(shape).layout.num_words, shape.top_k, device)
         self._index = RowIndex(self._table, num_layers, capacity)
@@ -70,8 +78,8 @@ class RouteController:
             jittered_slots=frozenset() if self._jitter is None else self._jitter.slots,
         )
         controllers[hooks.handle] = self
-        self._bindings = bind_routers(model, shape, hooks, layers)
-        self._policy = PolicyRows(shape, self._bindings, self._table, self._index)
+        self.bindings = bind_routers(model, shape, hooks, layers)
+        self.policy = PolicyRows(shape, self.bindings, self._table, self._index)
         local_slots = [slot for slot, layer in enumerate(shape.moe_layers) if layer in layers]
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
         kept = () if hooks.fused and config.policy is None else local_slots
@@ -90,7 +98,7 @@ class RouteController:
         logger.info(
             "Route control: %d MoE layers bound (%d here), %d experts, top %d, policy %s, overrides %s",
             num_layers,
-            len(self._bindings),
+            len(self.bindings),
             shape.num_experts,
             shape.top_k,
             f"{active.digest} ({active.mode})" if active.policy else "none",
@@ -103,10 +111,10 @@ class RouteController:
         return self._index.rows.shape[1]
 
     def _use_policy(self, active: ActivePolicy) -> None:
-        self._policy.start(active, self._config.compiler(self._shape, active))
+        self.policy.start(active, self._config.compiler(self.shape, active))
         self._counts.start(active)
         self._index.stage(NO_STEP)
-        self._state.active = bool(self._policy) or self._counts.is_on
+        self.state.active = bool(self.policy) or self._counts.is_on
 
     def replace_policy(self, active: ActivePolicy, planned: Collection[str]) -> None:
         """Go on under another policy; no step is on its way, and all requests will be computed again from their first token.
@@ -142,8 +150,8 @@ class RouteController:
     def _take_in(self, req_id: str, extras: RouteExtras, prompt_len: int, start: int) -> None:
         slot, plan = NO_PLAN_SLOT, None
         if extras.has_plan:
-            plan = self._policy.compiler.compile_text(extras.plan, extras.delta)
-            slot = self._table.place(req_id, plan, prompt_len, self._policy.row_of)
+            plan = self.policy.compiler.compile_text(extras.plan, extras.delta)
+            slot = self._table.place(req_id, plan, prompt_len, self.policy.row_of)
         self._requests.add(req_id, Resident(slot, plan, extras, prompt_len, start))
 
     def _forget(self, req_id: str) -> None:
@@ -165,7 +173,7 @@ class RouteController:
             capturing = self._capture.is_on
         if self.shared is not None:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
-        self._state.active = not self._index.is_idle or bool(self._policy) or self._counts.is_on or capturing
+        self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
 
     def jitter(self, slot: int, router_logits: torch.Tensor) -> torch.Tensor:
         """The logits of MoE layer `slot` with this step's noise; called by its bound router."""
@@ -186,10 +194,10 @@ class RouteController:
         native_ids = self._counts.apply(slot, num_tokens)
         routes = (None, None) if self._capture is None else self._capture.apply(slot, num_tokens)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes)
-        binding, policy, is_idle = self._bindings[slot], self._policy, self._index.is_idle
+        binding, policy, is_idle = self.bindings[slot], self.policy, self._index.is_idle
         if is_idle and slot in policy.masks:
             binding.mask(routing, policy.masks[slot], policy.native_weights)
-        elif binding.fused or self._state.always or not is_idle or policy.row_of[slot] != NO_ROW:
+        elif binding.fused or self.state.always or not is_idle or policy.row_of[slot] != NO_ROW:
             some_rows = None if self.shared is None else self.shared.row_index
             row_index = self._index.rows[slot, :num_tokens] if some_rows is None else some_rows
             binding.direct(routing, row_index, self._table.rows)

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from ..cells import CellScores
 from ..errors import RouteError
 from ..plan import RoutePlan
 from .attempt import Attempt, Route
-from .backend import Response, Search
+from .backend import Search
 from .masks import Experts
 from .rosais import Prompt
-from .scorer import joint, target_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +194,16 @@ class _AttemptSearch:
 
     def score(self, candidates: Sequence[Sequence[Move]]) -> Search[list[float]]:
         """Log-probability of the target with each candidate's moves on top of the state."""
-        prompt = self.prompt
-        requests = [target_request(prompt.token_ids, prompt.target, self.state.with_moves(moves).text()) for moves in candidates]
-        responses: list[Response] = yield requests
-        self.attempt.count(requests, responses)
-        self.attempt.needed += len(requests)
-        return [joint(response) for response in responses]
+        num_tokens = len(self.prompt.token_ids)
+        moves = [
+            [(move.layer, span.start, span.stop, move.experts) for move in one for span in [move.positions(num_tokens)]]
+            for one in candidates
+        ]
+        scores: CellScores
+        (scores,) = yield [self.prompt.cells(self.state.text(), moves)]
+        self.attempt.count(scores)
+        self.attempt.needed += len(candidates)
+        return [float(value) for value in scores.values]
 
     def keep(self, moves: Sequence[Move], value: float) -> None:
         """Make moves part of the state."""

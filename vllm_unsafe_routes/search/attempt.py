@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..cells import CellScores
 from ..evaluation.judges import Verdict
 from ..plan import RoutePlan
-from .backend import Request, Response
 
 
 class Route(msgspec.Struct, frozen=True, array_like=True):
@@ -76,11 +76,11 @@ class Attempt:
         """Whether the answer complied; None where the judge gave no verdict."""
         return self.verdict.harmful if self.verdict is not None else None
 
-    def count(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
-        """Add scored requests to the totals."""
-        self.candidates += len(requests)
-        self.tokens += sum(len(request.token_ids) for request in requests)
-        self.computed_tokens += sum(response.computed_tokens for response in responses)
+    def count(self, scores: CellScores) -> None:
+        """Add scored candidates to the totals."""
+        self.candidates += len(scores.values)
+        self.tokens += scores.tokens
+        self.computed_tokens += scores.computed_tokens
 
     def accept(self, routes: Sequence[Route], best: float) -> None:
         """Keep routes and note where that stands on the curve."""

@@ -11,6 +11,7 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import platform
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..cells import Cells, CellScores
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..policy import RoutePolicy
@@ -135,6 +137,9 @@ class Backend(Protocol):
     def submit(self, number: int, request: Request) -> None:
         """Start a request. Raises `RouteError` if it is refused."""
 
+    def score_cells(self, items: Sequence[Cells]) -> list[CellScores] | None:
+        """Score candidates at once. None: not here; they have to go as requests. Raises `RouteError` if they are refused."""
+
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """Wait until at least one request has finished; returns those that have. Empty if none is in flight."""
 
@@ -162,10 +167,9 @@ class Stats:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """A search's open list of work."""
+    """An open list of work: a search's, or the requests that stand for cells."""
 
-    key: Any
-    search: Search[Any]
+    finish: Callable[[list[Any]], None]
     answers: list[Any]
     missing: int
 
@@ -185,6 +189,7 @@ class _Runner:
         self.open_searches: set[Search[Any]] = set()
         # (key, result) of searches that have ended.
         self.finished: deque[tuple[Any, Any]] = deque()
+        self.cells: list[tuple[_Batch, int, Cells]] = []
         self.queue: deque[tuple[_Batch, int, Request]] = deque()
         self._in_flight: dict[int, tuple[_Batch, int, Request]] = {}
         self._calls: dict[concurrent.futures.Future[Any], tuple[_Batch, int]] = {}
@@ -212,11 +217,13 @@ class _Runner:
             waits = [(at, item) for at, item in enumerate(work) if not isinstance(item, Note)]
             if waits:
                 break
-        batch = _Batch(key, search, answers, len(waits))
+        batch = _Batch(functools.partial(self.advance, key, search), answers, len(waits))
         for at, item in waits:
             if isinstance(item, Call):
                 self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(32, "unsafe-routes-call")
                 self._calls[self._pool.submit(item.function)] = (batch, at)
+            elif isinstance(item, Cells):
+                self.cells.append((batch, at, item))
             else:
                 self.queue.append((batch, at, item))
 
@@ -227,7 +234,35 @@ class _Runner:
         if isinstance(value, BaseException):
             raise value
         if not batch.missing:
-            self.advance(batch.key, batch.search, batch.answers)
+            batch.finish(batch.answers)
+
+    def score_cells(self) -> None:
+        """Have the backend score the cells of all searches together; where it cannot, they become requests."""
+        if not self.cells:
+            return
+        waiting, self.cells = self.cells, []
+        scores = self.backend.score_cells([cells for _, _, cells in waiting])
+        if scores is None:
+            for batch, at, cells in waiting:
+                self._queue_cells(batch, at, cells)
+            return
+        for (batch, at, _), found in zip(waiting, scores, strict=True):
+            self.stats.requests += len(found.values)
+            self.stats.tokens += found.tokens
+            self.stats.computed_tokens += found.computed_tokens
+            self.answer(batch, at, found)
+
+    def _queue_cells(self, batch: _Batch, at: int, cells: Cells) -> None:
+        token_ids = cells.token_ids.tolist()
+        requests = [Request(token_ids, extras) for extras in cells.extras()]
+
+        def finish(responses: list[Response]) -> None:
+            values = np.array([response.scores[:, 0].sum(dtype=np.float64) for response in responses])  # type: ignore[index]
+            computed = sum(response.computed_tokens for response in responses)
+            self.answer(batch, at, CellScores(values, len(requests) * len(token_ids), computed))
+
+        own = _Batch(finish, [None] * len(requests), len(requests))
+        self.queue.extend((own, number, request) for number, request in enumerate(requests))
 
     def submit(self) -> None:
         """Hand requests to the backend, as many as keep it busy."""
@@ -239,7 +274,8 @@ class _Runner:
 
     def collect(self) -> None:
         """Take what the backend and the threads have finished; waits for one of them where nothing else is to be done."""
-        if self._in_flight:
+        # Requests (answers that are generated, mostly) wait until many searches wait for theirs: cells go first.
+        if self._in_flight and not (self.cells and 2 * len(self._in_flight) < len(self.open_searches)):
             for done, response in self.backend.poll():
                 batch, at, request = self._in_flight.pop(done)
                 if isinstance(response, Response):
@@ -249,7 +285,7 @@ class _Runner:
                     self.stats.computed_tokens += response.computed_tokens
                 self.answer(batch, at, response)
         if self._calls:
-            timeout = 0 if self._in_flight or self.queue or self.finished else None
+            timeout = 0 if self._in_flight or self.queue or self.cells or self.finished else None
             for future in concurrent.futures.wait(self._calls, timeout, concurrent.futures.FIRST_COMPLETED).done:
                 batch, at = self._calls.pop(future)
                 error = future.exception()
@@ -306,6 +342,7 @@ def run_tasks(
                     exhausted = True
                 else:
                     runner.start(*task)
+            runner.score_cells()
             runner.submit()
             runner.collect()
             while runner.finished:

@@ -17,15 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import log
 
+from ..cells import CellScores
 from ..errors import RouteError
 from ..evaluation.judges import Verdict
 from ..extras import RouteExtras
 from .adaptive import AdaptiveSettings, Library, adaptive_search
 from .attempt import Attempt, AttemptState, Route
-from .backend import Backend, Call, Note, Request, Response, Search
+from .backend import Backend, Call, Note, Request, Search
 from .masks import Experts, rng_of
 from .rosais import Prompt
-from .scorer import check_length, joint, target_request
+from .scorer import check_length
 
 STRATEGIES = ("paper", "code", "adaptive")
 
@@ -144,10 +145,9 @@ def fsour_attempt(
     if resume is not None:
         attempt, first_cell = Attempt.from_state(resume.state), resume.cell
     else:
-        request = target_request(prompt.token_ids, prompt.target)
-        (response,) = yield [request]
-        attempt.count([request], [response])
-        attempt.clean = attempt.best = joint(response)
+        (clean,) = yield [prompt.cells(None, [[]])]
+        attempt.count(clean)
+        attempt.clean = attempt.best = float(clean.values[0])
     if settings.strategy == "adaptive":
         rng = rng_of("adaptive", settings.seed, prompt.id, number)
         yield from adaptive_search(experts, prompt, settings, attempt, rng, library)
@@ -185,10 +185,10 @@ def _cell_by_cell(
         kept: int | None = None
         for start in range(0, len(sets), size):
             batch = sets[start : start + size]
-            requests = [target_request(prompt.token_ids, prompt.target, text, (layer, position, *chosen)) for chosen in batch]
-            responses: list[Response] = yield requests
-            attempt.count(requests, responses)
-            values += [joint(response) for response in responses]
+            scores: CellScores
+            (scores,) = yield [prompt.cells(text, [[(layer, position, position + 1, chosen)] for chosen in batch])]
+            attempt.count(scores)
+            values += scores.values.tolist()
             if settings.strategy == "paper":
                 kept = next((at for at, value in enumerate(values) if value > attempt.best + settings.min_gain), None)
                 if kept is not None:

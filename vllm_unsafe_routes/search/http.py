@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cells import Cells
 from ..errors import RouteError
 from ..policy import RoutePolicy
 from ..receipt import receipt_of
@@ -104,6 +105,10 @@ class HttpBackend:
         """Start a request."""
         self._in_flight.add(number)
         asyncio.run_coroutine_threadsafe(self._send(number, request), self._loop)
+
+    def score_cells(self, items: Sequence[Cells]) -> None:
+        """Not over HTTP: candidates go as requests."""
+        return
 
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """Wait for a request to finish."""

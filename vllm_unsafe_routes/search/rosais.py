@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..cells import Cells, Move
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..plan import RoutePlan
@@ -39,6 +40,10 @@ class Prompt:
     id: str
     token_ids: tuple[int, ...]
     target: tuple[int, ...]
+
+    def cells(self, plan: str | None, candidates: Sequence[Sequence[Move]]) -> Cells:
+        """The question for the target's score under each candidate's moves on top of a plan."""
+        return Cells.of(self.token_ids, self.target, plan, candidates)
 
 
 @dataclass(frozen=True, slots=True)

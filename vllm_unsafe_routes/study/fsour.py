@@ -16,7 +16,6 @@ from ..search.attempt import Attempt
 from ..search.backend import Call, Note, Search, with_notes
 from ..search.fsour import FsourSettings, fsour_attempt
 from ..search.fsour import Progress as AttemptProgress
-from ..search.scorer import joint, target_request
 from .bench import Bench
 from .jobs import Kept, generated, judged
 from .model import Item
@@ -64,11 +63,10 @@ def fsour_record(
 
 def _unsearched(item: Item) -> Search[Attempt]:
     """What the target is worth, where nothing is searched."""
-    request = target_request(item.prompt.token_ids, item.prompt.target)
-    responses = yield [request]
+    (scores,) = yield [item.prompt.cells(None, [[]])]
     attempt = Attempt()
-    attempt.count([request], responses)
-    attempt.clean = attempt.best = joint(responses[0])
+    attempt.count(scores)
+    attempt.clean = attempt.best = float(scores.values[0])
     return attempt
 
 

@@ -1,0 +1,188 @@
+"""What a search asks the workers to score in one call: many candidates for the routes of a few cells, as arrays.
+
+A cell is a (position, layer). A **candidate** changes some cells of a prompt's base plan; each change is a **move**: these experts,
+at this layer, for a span of positions. A search that draws ten routes for one cell asks for ten candidates of one move each; a mask
+is a move over the whole prompt.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RouteError
+from .extras import RouteExtras, ScoreSpec
+from .plan import RoutePlan, parse_plan
+from .policy import RoutePolicy
+from .shape import ModelShape
+
+CANDIDATE, LAYER, START, END = range(4)
+# Layer, first position, one past the last position, experts.
+Move = tuple[int, int, int, Sequence[int]]
+# A candidate that changes more cells than these is sent as a whole plan.
+_LONGEST_DELTA = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """Candidates of one prompt.
+
+    Attributes:
+        prompt: int32 [prompt tokens].
+        target: int32 [target tokens], whose joint log-probability is the score.
+        plan: the base plan's string, or None; it says whether weights are masked or native, for the moves too.
+        num_candidates: candidates; one without a move is the base itself.
+        moves: int32 [num_moves, 4]: candidate, layer, first position, one past the last position; in the order of candidates. Of
+            two moves of one candidate at the same cell the later holds, and a move holds where the base forces something else.
+        experts: int32 [num_moves, top_k], the experts of each move.
+
+    """
+
+    prompt: npt.NDArray[np.int32]
+    target: npt.NDArray[np.int32]
+    plan: str | None
+    num_candidates: int
+    moves: npt.NDArray[np.int32]
+    experts: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], target: Sequence[int], plan: str | None, candidates: Sequence[Sequence[Move]]) -> Cells:
+        """From the moves of each candidate. Raises `RouteError` for an empty prompt or target."""
+        if not len(prompt) or not len(target):
+            raise RouteError("a score needs at least one prompt token and one target token")
+        moves = [(at, *move[:3]) for at, one in enumerate(candidates) for move in one]
+        experts = [move[3] for one in candidates for move in one]
+        return cls(
+            np.array(prompt, np.int32),
+            np.array(target, np.int32),
+            plan,
+            len(candidates),
+            np.array(moves, np.int32).reshape(-1, 4),
+            np.array(experts, np.int32) if experts else np.zeros((0, 1), np.int32),
+        )
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """int32 [num_tokens], what the model reads: the prompt and all of the target but its last token."""
+        return np.concatenate([self.prompt, self.target[:-1]])
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain values and bytes."""
+        arrays = {name: getattr(self, name).astype("<i4").tobytes() for name in ("prompt", "target", "moves", "experts")}
+        return {**arrays, "plan": self.plan, "num_candidates": self.num_candidates}
+
+    @classmethod
+    def from_wire(cls, document: Mapping[str, Any], top_k: int) -> Cells:
+        """The opposite of `to_wire`."""
+
+        def array(name: str) -> npt.NDArray[np.int32]:
+            return np.frombuffer(document[name], "<i4")
+
+        moves, experts = array("moves").reshape(-1, 4), array("experts").reshape(-1, top_k)
+        return cls(array("prompt"), array("target"), document["plan"], int(document["num_candidates"]), moves, experts)
+
+    def extras(self) -> list[RouteExtras]:
+        """Each candidate as a request of its own, for an engine that cannot score cells: what travels beside `token_ids`."""
+        spec = ScoreSpec(len(self.prompt) - 1, self.target[:, None])
+        plan = RoutePlan() if self.plan is None else parse_plan(self.plan)
+        forced = {
+            (item.layer, position): item.experts
+            for item in plan.directives
+            if item.kind == "force" and not isinstance(item.positions, str)
+            for position in item.positions
+        }
+        found = []
+        ends = np.searchsorted(self.moves[:, CANDIDATE], np.arange(self.num_candidates + 1))
+        for start, end in itertools.pairwise(ends.tolist()):
+            cells = {
+                (layer, position): tuple(experts)
+                for (_, layer, first, last), experts in zip(
+                    self.moves[start:end].tolist(), self.experts[start:end].tolist(), strict=True
+                )
+                for position in range(first, last)
+            }
+            if len(cells) > _LONGEST_DELTA or not forced.keys().isdisjoint(cells):
+                found.append(RouteExtras(_with_forces(plan, forced | cells), score=spec))
+            else:
+                delta = tuple(value for cell, experts in cells.items() for value in (*cell, *experts))
+                found.append(RouteExtras(self.plan, delta, score=spec))
+        return found
+
+    def check(self, shape: ModelShape, policy: RoutePolicy | None) -> None:
+        """Refuse what the model or the policy does not permit, all candidates at once.
+
+        Raises:
+            RouteError: names the first bad move.
+
+        """
+        if not len(self.prompt) or not len(self.target):
+            raise RouteError("a score needs at least one prompt token and one target token")
+        moves, experts = self.moves, self.experts
+        if len(moves) != len(experts):
+            raise RouteError(f"{len(moves)} moves with {len(experts)} sets of experts")
+        ordered = np.sort(experts, axis=1)
+        banned = np.zeros((shape.num_hidden_layers, shape.num_experts), bool)
+        protected = np.zeros_like(banned)
+        for layer, entry in (policy.layers if policy is not None else {}).items():
+            banned[layer, list(entry.disabled)] = True
+            protected[layer, list(entry.protected)] = True
+        self._refuse((moves[:, CANDIDATE] < 0) | (moves[:, CANDIDATE] >= self.num_candidates), "the candidate is out of range")
+        self._refuse(np.diff(moves[:, CANDIDATE], prepend=0) < 0, "moves must stand in the order of candidates")
+        self._refuse(~np.isin(moves[:, LAYER], shape.moe_layers), f"MoE layers are {shape.describe_layers()}")
+        bad_span = (moves[:, START] < 0) | (moves[:, START] >= moves[:, END]) | (moves[:, END] > len(self.prompt))
+        self._refuse(bad_span, f"the prompt has {len(self.prompt)} tokens")
+        self._refuse(((experts < 0) | (experts >= shape.num_experts)).any(1), f"there are {shape.num_experts} experts")
+        self._refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), "an expert is repeated")
+        rows = np.arange(len(moves))[:, None]
+        chosen = np.zeros((len(moves), shape.num_experts), bool)
+        chosen[rows, experts] = True
+        self._refuse((chosen & banned[moves[:, LAYER]]).any(1), "an expert is disabled by the engine's policy")
+        self._refuse((protected[moves[:, LAYER]] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
+
+    def _refuse(self, bad: Any, why: str) -> None:
+        if bad.any():
+            at = int(bad.argmax())
+            candidate, layer, start, end = self.moves[at].tolist()
+            where = f"move {at} (candidate {candidate}, layer {layer}, positions {start}-{end - 1})"
+            raise RouteError(f"{where}, experts {self.experts[at].tolist()}: {why}")
+
+
+def _with_forces(plan: RoutePlan, forced: Mapping[tuple[int, int], tuple[int, ...]]) -> str:
+    """A plan's string with these forces in the place of its own at listed positions."""
+    made = RoutePlan(weights=plan.weights)
+    for item in plan.directives:
+        if item.kind == "disable":
+            made.disable(item.layer, item.positions, item.experts)
+        elif item.kind == "allow":
+            made.allow(item.layer, item.positions, item.experts)
+        elif isinstance(item.positions, str):
+            made.force(item.layer, item.positions, item.experts, item.weights)
+    grouped: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for (layer, position), experts in sorted(forced.items()):
+        grouped.setdefault((layer, experts), []).append(position)
+    for (layer, experts), positions in grouped.items():
+        made.force(layer, positions, experts)
+    return made.to_string()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellScores:
+    """What comes back.
+
+    Attributes:
+        values: float64 [num_candidates], joint log-probability of the target, in nats.
+        tokens: tokens of all candidates, as if each was computed alone.
+        computed_tokens: the work that was done, in tokens through all layers.
+
+    """
+
+    values: npt.NDArray[np.float64]
+    tokens: int
+    computed_tokens: int

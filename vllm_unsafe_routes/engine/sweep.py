@@ -1,0 +1,205 @@
+"""One pass over the layers in which many sequences join, each at the layer at which it first differs from its base.
+
+A sequence that differs from its base at (position t, layer l) and later needs nothing below l, nothing before t, and at layer l
+itself only the tokens whose routes are changed: the attention there, and what the layer makes of the other tokens, are the base's.
+So it computes the changed tokens at layer l, takes the base's residual stream for the others at l + 1, and goes on from there with
+all tokens from t on.
+
+Sequences of many prompts and layers share a sweep. Each keeps a place of `num_tokens - t` rows in it; a layer runs on the rows of
+the sequences that have joined.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .cell_bases import Base
+from .device_table import upload
+from .layer_range import Batch, LayerRange, Queries
+
+# The reserve's first block takes K and V that nobody reads.
+WASTE_BLOCK = 0
+
+
+class Memory(NamedTuple):
+    """What sweeps read and write beside the model.
+
+    Attributes:
+        reserve: int64 [num_blocks], vLLM's ids of the KV blocks.
+        streams: the residual streams of all bases: name -> [num_layers, tokens of the bases' blocks, width]; layer a's input is
+            entry a - 1, what is behind the last layer the last entry of the first name.
+
+    """
+
+    reserve: np.ndarray
+    streams: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Sequences of a sweep, as arrays.
+
+    Attributes:
+        bases: the bases that they begin at.
+        base: int [num_seqs], index into `bases`.
+        first: int [num_seqs], position t.
+        layer: int [num_seqs], layer l; -1: nothing is there yet, all layers compute all tokens.
+        span_end: int [num_seqs], one past the last position that layer l computes.
+        own_blocks: int [num_seqs, width], KV blocks for the layers behind l, as indices into the reserve; those before `first` are
+            the base's.
+        base_blocks: int [num_seqs, width], the base's blocks.
+        moves_base: whether these are the bases themselves on their way to another plan.
+
+    """
+
+    bases: Sequence[Base]
+    base: np.ndarray
+    first: np.ndarray
+    layer: np.ndarray
+    span_end: np.ndarray
+    own_blocks: np.ndarray
+    base_blocks: np.ndarray
+    moves_base: bool = False
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int [num_seqs], tokens of each, shared ones included."""
+        num_tokens: np.ndarray = np.array([base.num_tokens for base in self.bases])[self.base]
+        return num_tokens
+
+    def work(self, num_layers: int) -> np.ndarray:
+        """float64 [num_seqs], what each costs, in tokens through all layers."""
+        later = (self.num_tokens - self.first) * (num_layers - 1 - self.layer)
+        work: np.ndarray = (later + np.maximum(self.span_end - self.first, 0)) / num_layers
+        return work
+
+
+def block_tables(bases: Sequence[Base], width: int) -> np.ndarray:
+    """int64 [num_bases, width], the blocks of each."""
+    tables = np.zeros((len(bases), width), np.int64)
+    for row, one in zip(tables, bases, strict=True):
+        row[: len(one.blocks)] = one.blocks
+    return tables
+
+
+def ranges(starts: np.ndarray, lens: np.ndarray) -> np.ndarray:
+    """`starts[0], starts[0] + 1, ...`, `lens[0]` of them, then those of the next."""
+    ends = np.cumsum(lens)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers: np.ndarray = np.arange(total) + np.repeat(starts - (ends - lens), lens)
+    return numbers
+
+
+class _Part(NamedTuple):
+    """Who computes what in some layers: row numbers of the sweep and the batch on the device."""
+
+    rows: torch.Tensor
+    batch: Batch
+    token_ids: torch.Tensor
+    routes: torch.Tensor
+
+
+class Sweep:
+    """A sweep.
+
+    Args:
+        layers: the model.
+        memory: the bases' and the sequences'.
+        sequences: what is computed.
+        routes: int32 [MoE layers, rows of the sweep], on the device: each row's row in the route table.
+
+    """
+
+    def __init__(self, layers: LayerRange, memory: Memory, sequences: Sequences, routes: torch.Tensor) -> None:
+        self._layers, self._memory, self.sequences = layers, memory, sequences
+        self._size = layers.block_size
+        self._lens = sequences.num_tokens - sequences.first
+        self.starts = np.cumsum(self._lens) - self._lens
+        self._sequence = np.repeat(np.arange(len(self._lens)), self._lens)
+        self._positions = ranges(sequences.first, self._lens)
+        self._ids = np.concatenate([base.cells.token_ids for base in sequences.bases])
+        offsets = np.cumsum([0, *(base.num_tokens for base in sequences.bases)])[:-1]
+        self._ids = self._ids[offsets[sequences.base][self._sequence] + self._positions]
+        self._routes = routes
+        self._state = layers.empty_stream(len(self._sequence))
+        self._last: tuple[bytes, _Part] | None = None
+        # int32 [MoE layers, tokens of the batch in hand and some padding], for the bound routers.
+        self.row_index = routes
+
+    def run(self) -> torch.Tensor:
+        """The output layer's input, [rows of the sweep, width]."""
+        own, num_layers = self.sequences, self._layers.num_layers
+        if not own.moves_base:
+            shared = (own.first % self._size > 0) & (own.layer < num_layers - 1)
+            at = np.arange(len(shared))[shared], own.first[shared] // self._size
+            reserve = self._memory.reserve
+            self._layers.copy_blocks(reserve[own.base_blocks[at]], reserve[own.own_blocks[at]])
+        bounds = sorted({*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers})
+        if own.moves_base:
+            bounds = list(range(bounds[0], num_layers + 1))
+        for start, end in itertools.pairwise(bounds):
+            self._run(start, end)
+        return self._state[self._layers.keys[0]]
+
+    def _run(self, start: int, end: int) -> None:
+        own = self.sequences
+        joining = own.layer == start
+        if joining.any() and start > 0:
+            self._load(start, ranges(self.starts[joining], self._lens[joining]))
+        part = self._part(own.layer < start, joining)
+        self.row_index = part.routes
+        stream = {key: value[part.rows] for key, value in self._state.items()} if start else {}
+        for key, value in self._layers.run(start, end, part.batch, part.token_ids, stream).items():
+            self._state[key][part.rows] = value
+            if own.moves_base:
+                self._memory.streams[key][end - 1, self._slots_of(part.rows)] = value
+        if joining.any():
+            after = (own.span_end - own.first)[joining]
+            self._load(end, ranges(self.starts[joining] + after, self._lens[joining] - after))
+
+    def _load(self, layer: int, rows: np.ndarray) -> None:
+        """Take the bases' residual stream at a layer's input."""
+        where = upload(rows, torch.int64, self._layers.device)
+        slots = self._slots_of(where)
+        for key in self._layers.keys[: 1 if layer == self._layers.num_layers else None]:
+            self._state[key][where] = self._memory.streams[key][layer - 1, slots]
+
+    def _slots_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where these rows' tokens are in the bases' residual streams."""
+        if not hasattr(self, "_base_slots"):
+            blocks = self.sequences.base_blocks[self._sequence, self._positions // self._size]
+            # The reserve's blocks from the second on are the bases'.
+            slots = (blocks - 1) * self._size + self._positions % self._size
+            self._base_slots = upload(slots, torch.int64, self._layers.device)
+        return self._base_slots[rows]
+
+    def _part(self, whole: np.ndarray, joining: np.ndarray) -> _Part:
+        """Sequences that compute all their rows, and those that compute the changed tokens only."""
+        key = whole.tobytes() + joining.tobytes()
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        own, size, device = self.sequences, self._size, self._layers.device
+        lens = np.where(joining, own.span_end - own.first, self._lens)
+        order = np.flatnonzero(whole | joining)
+        order = order[np.argsort(lens[order], kind="stable")]
+        lens = lens[order]
+        rows = ranges(self.starts[order], lens)
+        sequence, positions = self._sequence[rows], self._positions[rows]
+        table = np.where(whole[order, None], own.own_blocks[order], own.base_blocks[order])
+        block = np.where(whole[sequence], own.own_blocks[sequence, positions // size], WASTE_BLOCK)
+        reserve = self._memory.reserve
+        slots = reserve[block] * size + positions % size
+        queries = Queries(lens, own.first[order] + lens, reserve[table], positions, slots)
+        where = upload(rows, torch.int64, device)
+        token_ids = upload(self._ids[rows], torch.int32, device)
+        # Every layer's row begins as aligned as the whole: Triton compiles one variant.
+        routes = torch.nn.functional.pad(self._routes[:, where], (0, -len(rows) % 16))
+        part = _Part(where, self._layers.batch(queries), token_ids, routes)
+        self._last = key, part
+        return part
