@@ -261,7 +261,7 @@ class _Arrived(BaseException):
 def candidate_path() -> list[tuple[str, str]]:
     """Functions (file, name) that an F-SOUR candidate goes through from the command to the backend.
 
-    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that takes cells and computes nothing. The
+    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that takes requests and cells and computes nothing. The
     way of the first candidate is every function of the package that is on the call stack when its cells are made (the search that
     draws it, and all that drive that search), and again when the backend gets them. Each function counts once.
     """
@@ -269,7 +269,7 @@ def candidate_path() -> list[tuple[str, str]]:
 
     from vllm_unsafe_routes import cli
     from vllm_unsafe_routes.cells import Cells, CellScores
-    from vllm_unsafe_routes.search.backend import About
+    from vllm_unsafe_routes.search.backend import About, Request, Response
     from vllm_unsafe_routes.search.http import HttpBackend
 
     makers: dict[int, list[tuple[str, str]]] = {}
@@ -286,6 +286,10 @@ def candidate_path() -> list[tuple[str, str]]:
             raise _Arrived
         return [CellScores(np.full(item.num_candidates, -9.0), 1, 1) for item in items]
 
+    def submit(self: HttpBackend, number: int, request: Request) -> None:
+        self._in_flight.add(number)
+        self._results.put((number, Response((1,), 1)))
+
     command = "fsour --model lab --data lab:test --limit 1 --server http://none --strategy paper --out"
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -294,6 +298,7 @@ def candidate_path() -> list[tuple[str, str]]:
         mock.patch.object(HttpBackend, "_run", return_value=("lab", 256)),
         mock.patch.object(HttpBackend, "about", return_value=About("nothing")),
         mock.patch.object(HttpBackend, "score_cells", score_cells),
+        mock.patch.object(HttpBackend, "submit", submit),
         redirect_stdout(StringIO()),
         redirect_stderr(StringIO()),
         suppress(_Arrived),

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..cells import Cells, CellScores
 from ..errors import RouteError
+from .attributes import RESERVE
 
 SCORE_METHOD = "unsafe_routes_score_cells"
 WORKER_SCORE_METHOD = SCORE_METHOD
@@ -54,6 +55,14 @@ class Reserve:
         self._pool.free_blocks(blocks)
 
 
+def reserve_of(scheduler: Any, num_blocks: int | None) -> Reserve:
+    """The reserve beside a vLLM `Scheduler`."""
+    if RESERVE not in scheduler.__dict__:
+        scheduler.__dict__[RESERVE] = Reserve(scheduler.kv_cache_manager.block_pool, num_blocks)
+    reserve: Reserve = scheduler.__dict__[RESERVE]
+    return reserve
+
+
 def score_cells(core: Any, admission: Any, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Score candidates in an engine core's thread, between two steps.
 
@@ -77,15 +86,16 @@ def score_cells(core: Any, admission: Any, items: list[dict[str, Any]]) -> dict[
             admission.compiler.compile_text(item["plan"])
     except RouteError as error:
         return {"error": str(error), "refused": True}
+    reserve = reserve_of(core.scheduler, admission.config.score_blocks)
     try:
-        reserve = admission.reserve.ids()
+        blocks = reserve.ids()
     except RouteError as error:
         return {"error": str(error), "refused": False}
-    args = (reserve.tobytes(), admission.reserve.generation, items)
+    args = (blocks.tobytes(), reserve.generation, items)
     # Every rank of a tensor-parallel group computes the same; the first one has the logits.
     said: dict[str, Any] = core.model_executor.collective_rpc(WORKER_SCORE_METHOD, args=args)[0]
     if "error" in said:
-        admission.reserve.give_back()
+        reserve.give_back()
     return {"refused": False, **said}
 
 

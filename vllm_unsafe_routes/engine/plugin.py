@@ -307,10 +307,12 @@ def _make_request_output(own: Any) -> Any:
 
 
 def _reset_prefix_cache(own: Any) -> Any:
+    from .attributes import RESERVE
+
     def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> bool:
-        admission = _admission(self)
-        if admission is not None:
-            admission.reserve.give_back()
+        reserve = self.__dict__.get(RESERVE)
+        if reserve is not None:
+            reserve.give_back()
         return bool(own(self, *args, **kwargs))
 
     return reset_prefix_cache

@@ -17,7 +17,6 @@ from ..errors import RouteError
 from ..policy import ActivePolicy
 from ..table import Ledger
 from .cache import CONTEXT_ATTRIBUTE, RequestContexts, RouteContext, context_of
-from .cell_blocks import Reserve
 from .config import model_shape, route_config
 from .progress import COUNTS_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts
 from .receipts import ReceiptBook
@@ -51,7 +50,6 @@ class RouteAdmission:
         self._held: list[Any] = []
         self._by_priority = scheduler.policy is SchedulingPolicy.PRIORITY
         self.receipts = ReceiptBook()
-        self.reserve = Reserve(scheduler.kv_cache_manager.block_pool, config.score_blocks)
 
     def _new_ledger(self, compiler: PlanCompiler) -> Ledger:
         self._num_policy_rows = sum(row is not None for row in compiler.policy_rows())

@@ -248,6 +248,7 @@ class _Runner:
             return
         for (batch, at, _), found in zip(waiting, scores, strict=True):
             self.stats.requests += len(found.values)
+            self.stats.candidates += len(found.values)
             self.stats.tokens += found.tokens
             self.stats.computed_tokens += found.computed_tokens
             self.answer(batch, at, found)
