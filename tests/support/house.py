@@ -261,7 +261,7 @@ class _Arrived(BaseException):
 def candidate_path() -> list[tuple[str, str]]:
     """Functions (file, name) that an F-SOUR candidate goes through from the command to the backend.
 
-    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that takes requests and cells and computes nothing. The
+    Traced, not guessed: `unsafe-routes fsour` runs on the lab model with a backend that computes nothing. The
     way of the first candidate is every function of the package that is on the call stack when its cells are made (the search that
     draws it, and all that drive that search), and again when the backend gets them. Each function counts once.
     """
