@@ -6,14 +6,15 @@
 Arguments, constants and warps are those of the real launch: the launch code is asked for them with tensors that have a shape
 but no memory, and Triton's own binder turns them into a signature. Registers, stack and shared memory come from the cubin
 (cuobjdump) or the amdgcn metadata, instructions and load widths from the disassembly. Instructions are those of one warp; for the
-route kernel on CUDA, those on the shortest path that makes all top_k selections: the path of a token that is masked or, with a
-table, has no directive. For AMD and the row index it is all of them, whichever branch they are on. Registers are per thread (VGPRs
-on AMD).
+route kernel with one token a program on CUDA, those on the shortest path that makes all top_k selections: the path of a token that
+is masked or, with a table, has no directive. Elsewhere it is all of them, whichever branch they are on. Registers are per thread
+(VGPRs on AMD).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import os
 import re
@@ -46,7 +47,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MARK = "compile-table"
-NUM_TOKENS, NUM_ROWS = 1024, 64
+NUM_TOKENS, MANY_TOKENS, NUM_ROWS = 64, 16384, 64
 AMD_LOAD_BITS = {
     "ubyte": 8,
     "sbyte": 8,
@@ -114,13 +115,14 @@ def route_launch(
     score_bias: bool = False,
     only_directed: bool = False,
     in_engine: bool = False,
+    num_tokens: int = NUM_TOKENS,
 ) -> Launch:
     """The launch of the route kernel for a model; `in_engine`: under a policy with overrides, all that one launch has to write."""
     routes, only_directed = routes or in_engine, only_directed or in_engine
     experts, top_k = shape.spec.num_experts, shape.spec.top_k
     rows = row_index = None
     if directives:
-        row_index = meta(NUM_TOKENS)
+        row_index = meta(num_tokens)
         rows = RouteRows(
             meta(NUM_ROWS),
             meta(NUM_ROWS, (experts + 31) // 32),
@@ -129,17 +131,17 @@ def route_launch(
             meta(NUM_ROWS, experts, dtype=torch.float32) if score_bias else None,
         )
     _, positional, keywords = route_topk_triton.launch_arguments(
-        router_logits=meta(NUM_TOKENS, experts, dtype=dtype),
+        router_logits=meta(num_tokens, experts, dtype=dtype),
         row_index=row_index,
         rows=rows,
         spec=shape.spec,
         correction_bias=meta(experts, dtype=torch.float32) if shape.correction_bias else None,
-        is_padding=meta(NUM_TOKENS, dtype=torch.bool) if in_engine else None,
-        topk_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32),
-        topk_ids=meta(NUM_TOKENS, top_k),
-        native_ids=meta(NUM_TOKENS, top_k) if in_engine else None,
-        routes_ids=meta(NUM_TOKENS, top_k) if routes else None,
-        routes_weights=meta(NUM_TOKENS, top_k, dtype=torch.float32) if routes else None,
+        is_padding=meta(num_tokens, dtype=torch.bool) if in_engine else None,
+        topk_weights=meta(num_tokens, top_k, dtype=torch.float32),
+        topk_ids=meta(num_tokens, top_k),
+        native_ids=meta(num_tokens, top_k) if in_engine else None,
+        routes_ids=meta(num_tokens, top_k) if routes else None,
+        routes_weights=meta(num_tokens, top_k, dtype=torch.float32) if routes else None,
         only_directed=only_directed,
     )
     return route_topk_triton.route_topk_kernel, positional, keywords
@@ -178,8 +180,13 @@ def jitter_launch(num_experts: int) -> Launch:
 def variants() -> list[Variant]:
     """All rows of the table."""
 
-    def route(name: str, shape: Shape, dtype: torch.dtype = torch.bfloat16, **options: bool) -> Variant:
+    def route(name: str, shape: Shape, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Variant:
         return Variant(f"{shape.label}, {name}", shape.spec.top_k, lambda: route_launch(shape, dtype, **options))
+
+    def of_many(name: str, shape: Shape, **options: Any) -> Variant:
+        tokens = route_topk_triton.tokens_per_program(shape.spec, MANY_TOKENS)
+        launch = functools.partial(route_launch, shape, torch.bfloat16, num_tokens=MANY_TOKENS, **options)
+        return Variant(f"{shape.label}, {name}, {tokens} tokens a program", 0, launch)
 
     made = []
     for shape in SHAPES:
@@ -188,13 +195,20 @@ def variants() -> list[Variant]:
             route("bf16, directives", shape, directives=True),
             route("bf16, directives + routes output", shape, directives=True, routes=True),
         ]
+    for shape in SHAPES:
+        if route_topk_triton.tokens_per_program(shape.spec, MANY_TOKENS) > 1:
+            made += [
+                of_many("bf16, no directives", shape, directives=False),
+                of_many("bf16, directives", shape, directives=True),
+                of_many("bf16, only directed tokens, all outputs", shape, directives=True, in_engine=True),
+            ]
     olmoe = next(shape for shape in SHAPES if shape.name == "OLMoE")
     made += [
         route("fp32, no directives", olmoe, torch.float32, directives=False),
         route("fp32, directives", olmoe, torch.float32, directives=True),
         route("bf16, directives + score bias", olmoe, directives=True, score_bias=True),
         route("bf16, only directed tokens", olmoe, directives=True, only_directed=True),
-        route("bf16, only directed tokens, padding, native picks and routes output", olmoe, directives=True, in_engine=True),
+        route("bf16, only directed tokens, all outputs", olmoe, directives=True, in_engine=True),
         Variant("row index", 0, row_index_launch),
         Variant("jitter, 64 experts, bf16", 0, lambda: jitter_launch(64)),
     ]

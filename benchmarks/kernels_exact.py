@@ -8,8 +8,10 @@ With that variable each tensor is an allocation of its own, so that an access on
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
+from unittest import mock
 
 from common import support_path
 
@@ -24,6 +26,7 @@ from vllm_unsafe_routes.kernels import (  # noqa: E402
     pack_allowed,
     route_topk,
     route_topk_reference,
+    route_topk_triton,
 )
 from vllm_unsafe_routes.kernels.row_index import fill_row_index_reference  # noqa: E402
 
@@ -147,12 +150,14 @@ def run_cases(device: str, num_seeds: int, num_tokens: int, names: tuple[str, ..
 
     """
     worst = 0.0
-    for name in names:
-        for seed in range(num_seeds):
-            worst = max(worst, check_route_topk(name, SPECS[name], device, seed, num_tokens))
+    for several in (1, 4):
+        # As few tokens as a case has would have a program each.
+        with mock.patch.object(route_topk_triton, "tokens_per_program", lambda spec, *_, n=several: 1 if spec.grouped else n):
+            for name, seed in itertools.product(names, range(num_seeds)):
+                worst = max(worst, check_route_topk(name, SPECS[name], device, seed, num_tokens))
     for seed in range(num_seeds):
         check_row_index(device, seed)
-    return {"gatings": len(names), "cases": len(names) * num_seeds, "row_index_cases": num_seeds, "worst_weight_error": worst}
+    return {"gatings": len(names), "cases": 2 * len(names) * num_seeds, "row_index_cases": num_seeds, "worst_weight_error": worst}
 
 
 if __name__ == "__main__":

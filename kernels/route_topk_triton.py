@@ -1,10 +1,11 @@
 """The Triton kernel of `route_topk`; `reference.py` is its specification.
 
-One program gates one token with one warp. Scores are compared as order-preserving int32 keys, because an integer maximum over a
-warp is one instruction on NVIDIA GPUs. A selection is two of these: the largest key, then the smallest expert that has it, so equal
-scores go to the smaller id. Where the logits themselves are compared and have 16 bits, the key has room for the expert, and one is
-enough. The loop over k finds ids only; the chosen logits are read once more and scored together. What a model or a call does not
-use is compiled away. A forced token skips the selection, and a token without a directive pays for the loads of its (ignored) row.
+A program is one warp. It gates one token while tokens are few, which is fastest for each; where they are many it gates several,
+because starting a program costs a GPU more than gating a token. Scores are compared as order-preserving int32 keys: an integer
+maximum over a warp is one instruction on NVIDIA GPUs. A selection is two of these: the largest key, then the smallest expert that
+has it, so equal scores go to the smaller id. Where the logits themselves are compared and have 16 bits, the key has room for the
+expert, and one is enough. The loop over k finds ids only; the chosen logits are read once more and scored together. What a model
+or a call does not use is compiled away; what none of a program's tokens needs is skipped.
 """
 
 from __future__ import annotations
@@ -48,17 +49,26 @@ def _float_of_key(key):
 
 
 @triton.jit
-def _softmax_sums(x, among):
-    """The largest logit of the lanes in `among` and the sum of exponentials relative to it; NaN and 0 if there are none."""
-    top = _float_of_key(tl.max(tl.where(among, _ordered_key(x), _LOWEST_KEY), axis=0))
-    return top, tl.sum(tl.where(among, tl.exp(x - top), 0.0), axis=0)
+def _column(values, BLOCK_TOKENS: tl.constexpr):
+    """One value per token, to go with [tokens, n]. A single token's is a scalar, which has no layout to be converted."""
+    if BLOCK_TOKENS == 1:
+        return tl.max(values, axis=0)
+    else:  # without it Triton compiles both returns
+        return values[:, None]
 
 
 @triton.jit
-def _score(x, top, total, SCORING: tl.constexpr):
-    """Scores of finite logits; a softmax whose sums are known."""
+def _softmax_sums(x, among, BLOCK_TOKENS: tl.constexpr):
+    """Per token, the largest logit of the lanes in `among` and the sum of exponentials relative to it; NaN and 0 if none are."""
+    top = _float_of_key(tl.max(tl.where(among, _ordered_key(x), _LOWEST_KEY), axis=1))
+    return top, tl.sum(tl.where(among, tl.exp(x - _column(top, BLOCK_TOKENS)), 0.0), axis=1)
+
+
+@triton.jit
+def _score(x, top, total, SCORING: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """Scores of finite logits [tokens, n]; a softmax whose sums [tokens] are known."""
     if SCORING == "softmax":
-        return tl.exp(x - top) / total
+        return tl.exp(x - _column(top, BLOCK_TOKENS)) / _column(total, BLOCK_TOKENS)
     # exp of -|x| never overflows
     small = tl.exp(-tl.abs(x))
     if SCORING == "sigmoid":
@@ -76,29 +86,28 @@ def _packed_key(x, expert):
 
 @triton.jit
 def _best(key, index):
-    """Smallest index among the largest keys, and that key. Two integer reductions: each is one REDUX on NVIDIA."""
-    best = tl.max(key, axis=0)
-    return tl.min(tl.where(key == best, index, _NO_INDEX), axis=0), best
+    """Per token, the smallest index among the largest keys, and that key. Two integer reductions: each is one REDUX on NVIDIA."""
+    best = tl.max(key, axis=1)
+    return tl.min(tl.where(key == best[:, None], index, _NO_INDEX), axis=1), best
 
 
 @triton.jit
 def _in_best_groups(key, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP2: tl.constexpr):
-    """Lanes of the best groups; a group counts by its allowed experts only, and one without any comes last."""
+    """Lanes of one token's best groups; a group counts by its allowed experts only, and one without any comes last."""
     keys = tl.reshape(key, [BLOCK_GROUPS, BLOCK_SIZE])
     left = tl.max(keys, axis=1)
     if TOP2:
-        offs_size = tl.arange(0, BLOCK_SIZE)[None, :]
-        first = tl.min(tl.where(keys == left[:, None], offs_size, _NO_INDEX), axis=1)
-        second = tl.max(tl.where(offs_size == first[:, None], _LOWEST_KEY, keys), axis=1)
-        score = _float_of_key(left) + tl.where(second == _LOWEST_KEY, 0.0, _float_of_key(second))
-        left = tl.where(left == _LOWEST_KEY, left, _ordered_key(score))
+        first, best = _best(keys, tl.arange(0, BLOCK_SIZE)[None, :])
+        second = tl.max(tl.where(tl.arange(0, BLOCK_SIZE)[None, :] == first[:, None], _LOWEST_KEY, keys), axis=1)
+        score = _float_of_key(best) + tl.where(second == _LOWEST_KEY, 0.0, _float_of_key(second))
+        left = tl.where(best == _LOWEST_KEY, best, _ordered_key(score))
     group = tl.arange(0, BLOCK_GROUPS)
     chosen = group < 0
     for _ in tl.static_range(TOPK_GROUP):
-        pick, _best_key = _best(left, group)
+        pick = tl.min(tl.where(left == tl.max(left, axis=0), group, _NO_INDEX), axis=0)
         chosen |= group == pick
         left = tl.where(group == pick, _LOWEST_KEY, left)
-    return tl.reshape(tl.broadcast_to(chosen[:, None], [BLOCK_GROUPS, BLOCK_SIZE]), [BLOCK_GROUPS * BLOCK_SIZE])
+    return tl.reshape(tl.broadcast_to(chosen[:, None], [BLOCK_GROUPS, BLOCK_SIZE]), [1, BLOCK_GROUPS * BLOCK_SIZE])
 
 
 @triton.jit
@@ -107,7 +116,7 @@ def _prefer(key, inside, expert, TOP_K: tl.constexpr):
     left = tl.where(inside, key, _LOWEST_KEY)
     for k in range(TOP_K):
         pick, best = _best(left, expert)
-        is_pick = (expert == pick) & (best != _LOWEST_KEY)
+        is_pick = (expert == pick[:, None]) & (best != _LOWEST_KEY)[:, None]
         # Keys of finite floats end far below.
         key = tl.where(is_pick, _NO_INDEX - k, key)
         left = tl.where(is_pick, _LOWEST_KEY, left)
@@ -126,20 +135,21 @@ def _select(
     NUM_GROUPS: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
     GROUP_TOP2: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     MAY_RUN_OUT: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
 ):
     """The best allowed experts, how many of them are real (the rest repeat the best), and the softmax's sums over those allowed."""
-    top = 0.0
-    total = 1.0
+    top = tl.zeros([BLOCK_TOKENS], tl.float32)
+    total = top + 1.0
     if SCORING == "softmax":
-        top, total = _softmax_sums(x, allowed)
+        top, total = _softmax_sums(x, allowed, BLOCK_TOKENS)
     if SCORING == "softmax" and correction_bias is None:
         choice = x
     else:
-        choice = _score(x, top, total, SCORING)
+        choice = _score(x, top, total, SCORING, BLOCK_TOKENS)
     if correction_bias is not None:
         choice += correction_bias
     if PACKED_KEYS:
@@ -150,34 +160,37 @@ def _select(
         inside = allowed & _in_best_groups(key, BLOCK_GROUPS, BLOCK_SIZE, TOPK_GROUP, GROUP_TOP2)
         candidates = tl.where(inside, key, _LOWEST_KEY)
         if MAY_RUN_OUT:
-            if tl.sum(inside.to(tl.int32), axis=0) < TOP_K:
+            too_few = tl.sum(inside.to(tl.int32), axis=1) < TOP_K
+            if tl.max(too_few.to(tl.int32), axis=0) > 0:
                 # Experts outside the best groups serve only once those have none left.
-                candidates = _prefer(key, inside, expert, TOP_K)
+                candidates = tl.where(too_few[:, None], _prefer(key, inside, expert, TOP_K), candidates)
         key = candidates
-    ids = tl.zeros(offs_k.shape, tl.int32)
+    ids = tl.zeros([BLOCK_TOKENS, offs_k.shape[1]], tl.int32)
     for k in tl.static_range(TOP_K):
         if PACKED_KEYS:
-            best = tl.max(key, axis=0)
+            best = tl.max(key, axis=1)
             pick = best
-            key = tl.where(key == best, _LOWEST_KEY, key)
+            key = tl.where(key == best[:, None], _LOWEST_KEY, key)
         else:
             pick, best = _best(key, expert)
-            key = tl.where(expert == pick, _LOWEST_KEY, key)
-        ids = tl.where(offs_k == k, pick, ids)
+            key = tl.where(expert == pick[:, None], _LOWEST_KEY, key)
+        ids = tl.where(offs_k == k, _column(pick, BLOCK_TOKENS), ids)
     if PACKED_KEYS:
         ids = _INDEX_MASK - (ids & _INDEX_MASK)
-    num_left = TOP_K
+    num_left = tl.full([BLOCK_TOKENS], TOP_K, tl.int32)
     if MAY_RUN_OUT:
-        if best == _LOWEST_KEY:
-            num_left = tl.sum(allowed.to(tl.int32), axis=0)
-            first = tl.sum(tl.where((offs_k == 0) & (num_left > 0), ids, 0), axis=0)
-            ids = tl.where(offs_k < num_left, ids, first)
+        ran_out = best == _LOWEST_KEY
+        if tl.max(ran_out.to(tl.int32), axis=0) > 0:
+            num_left = tl.where(ran_out, tl.sum(allowed.to(tl.int32), axis=1), num_left)
+            left = _column(num_left, BLOCK_TOKENS)
+            first = tl.sum(tl.where((offs_k == 0) & (left > 0), ids, 0), axis=1)
+            ids = tl.where(offs_k < left, ids, _column(first, BLOCK_TOKENS))
     return ids, num_left, top, total
 
 
 # Only loads of whole rows gain from aligned pointers; every other specialisation would be one more compilation while serving.
 @triton.jit(
-    do_not_specialize=["stride_weights", "stride_ids", "stride_native", "stride_routes"],
+    do_not_specialize=["num_tokens", "stride_weights", "stride_ids", "stride_native", "stride_routes"],
     do_not_specialize_on_alignment=[
         "row_index_ptr",
         "flags_ptr",
@@ -213,8 +226,10 @@ def route_topk_kernel(
     routes_weights_ptr,  # float32 [num_tokens, TOP_K]
     stride_routes,
     routed_scaling_factor,
+    num_tokens,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,69 +246,77 @@ def route_topk_kernel(
     HAS_ROUTES: tl.constexpr,
     ONLY_DIRECTED: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
+    DENSE_LOGITS: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_token = token < num_tokens
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
     mask_k = offs_k < TOP_K
-    weights_at = topk_weights_ptr + token * stride_weights + offs_k
-    ids_at = topk_ids_ptr + token * stride_ids + offs_k
+    mask_out = mask_k & is_token[:, None]
+    weights_at = topk_weights_ptr + token[:, None] * stride_weights + offs_k
+    ids_at = topk_ids_ptr + token[:, None] * stride_ids + offs_k
+    routes_at = token[:, None] * stride_routes + offs_k
 
-    row = -1
+    row = tl.full([BLOCK_TOKENS], -1, tl.int32)
     if HAS_ROWS:
-        row = tl.load(row_index_ptr + token)
+        row = tl.load(row_index_ptr + token, mask=is_token, other=-1)
     if HAS_NATIVE or (ONLY_DIRECTED and HAS_ROUTES):
-        native_ids = tl.load(ids_at, mask=mask_k, other=0).to(tl.int32)
+        native_ids = tl.load(ids_at, mask=mask_out, other=0).to(tl.int32)
     if HAS_NATIVE:
-        tl.store(native_ids_ptr + token * stride_native + offs_k, native_ids, mask=mask_k)
+        tl.store(native_ids_ptr + token[:, None] * stride_native + offs_k, native_ids, mask=mask_out)
     if ONLY_DIRECTED:
-        if row < 0:
-            if HAS_ROUTES:
-                native_weights = tl.load(weights_at, mask=mask_k, other=0.0)
-                tl.store(routes_ids_ptr + token * stride_routes + offs_k, native_ids, mask=mask_k)
-                tl.store(routes_weights_ptr + token * stride_routes + offs_k, native_weights, mask=mask_k)
+        directed = row >= 0
+        if HAS_ROUTES:
+            left_alone = mask_out & (row < 0)[:, None]
+            native_weights = tl.load(weights_at, mask=left_alone, other=0.0)
+            tl.store(routes_ids_ptr + routes_at, native_ids, mask=left_alone)
+            tl.store(routes_weights_ptr + routes_at, native_weights, mask=left_alone)
+        if tl.max(row, axis=0) < 0:
             return
+        mask_out = mask_out & directed[:, None]
 
-    lane = tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
+    lane = tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)[None, :]
     if NUM_GROUPS > 1:
         # A group fills a power of two of lanes, so that it can be reduced on its own.
         GROUP_SIZE: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
         expert = lane // BLOCK_SIZE * GROUP_SIZE + lane % BLOCK_SIZE
-        mask_lane = (lane % BLOCK_SIZE < GROUP_SIZE) & (lane // BLOCK_SIZE < NUM_GROUPS)
+        is_expert = (lane % BLOCK_SIZE < GROUP_SIZE) & (lane // BLOCK_SIZE < NUM_GROUPS)
     else:
         expert = lane
-        mask_lane = lane < NUM_EXPERTS
-    logits_at = logits_ptr + token * stride_logits
+        is_expert = lane < NUM_EXPERTS
+    # A row's length is known when the kernel is compiled, and how aligned rows are; a stride is not.
+    logits_at = logits_ptr + token[:, None] * (NUM_EXPERTS if DENSE_LOGITS else stride_logits)
+    mask_lane = is_expert & is_token[:, None]
     x = _finite(tl.load(logits_at + expert, mask=mask_lane, other=0.0).to(tl.float32))
-    allowed = mask_lane
+    allowed = is_expert & (token >= 0)[:, None]
     biased = x
-    if not HAS_ROWS:
-        forced: tl.constexpr = False
-        native: tl.constexpr = False
-    else:
+    flags = tl.zeros([BLOCK_TOKENS], tl.int32)
+    if HAS_ROWS:
         NUM_WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
         at = tl.maximum(row, 0).to(tl.int64)
-        # Row 0 always exists, so loads need no mask; a token without a directive ignores what they bring.
-        flags = tl.where(row >= 0, tl.load(flags_ptr + at), 0)
-        forced = (flags & _FORCED) != 0
-        native = (flags & _NATIVE_WEIGHTS) != 0
-        # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
-        words = tl.load(allowed_ptr + at * NUM_WORDS + expert // 32, mask=mask_lane, other=0)
-        words = tl.where(row < 0, -1, words)
-        allowed = mask_lane & (((words >> (expert % 32)) & 1) != 0)
+        if tl.max(row, axis=0) >= 0:
+            # Row 0 always exists, so loads need no mask; a token without a directive ignores what they bring.
+            flags = tl.where(row >= 0, tl.load(flags_ptr + at), 0)
+            # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
+            words = tl.load(allowed_ptr + at[:, None] * NUM_WORDS + expert // 32, mask=is_expert, other=0)
+            words = tl.where((row < 0)[:, None], -1, words)
+            allowed = allowed & (((words >> (expert % 32)) & 1) != 0)
         if HAS_SCORE_BIAS:
             wants_bias = (flags & _SCORE_BIAS) != 0
-            score_bias = tl.load(score_bias_ptr + at * NUM_EXPERTS + expert, mask=mask_lane, other=0.0)
-            biased = tl.where(wants_bias, _finite(x + score_bias), x)
+            score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert, other=0.0)
+            biased = tl.where(wants_bias[:, None], _finite(x + score_bias), x)
+    forced = (flags & _FORCED) != 0
+    native = (flags & _NATIVE_WEIGHTS) != 0
     correction_bias = None
     if HAS_CORRECTION_BIAS:
-        correction_bias = tl.load(correction_bias_ptr + expert, mask=mask_lane, other=0.0).to(tl.float32)
+        correction_bias = tl.load(correction_bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
 
-    top = 0.0
-    total = 1.0
-    num_left = TOP_K
-    if forced:
-        ids = tl.load(forced_ids_ptr + at * TOP_K + offs_k, mask=mask_k, other=0)
-    else:
+    MAY_RUN_OUT: tl.constexpr = HAS_ROWS or TOPK_GROUP * (NUM_EXPERTS // NUM_GROUPS) < TOP_K
+    top = tl.zeros([BLOCK_TOKENS], tl.float32)
+    total = top + 1.0
+    num_left = tl.full([BLOCK_TOKENS], TOP_K, tl.int32)
+    ids = tl.zeros([BLOCK_TOKENS, BLOCK_K], tl.int32)
+    if tl.min(forced.to(tl.int32), axis=0) == 0:
         ids, num_left, top, total = _select(
             biased,
             allowed,
@@ -305,39 +328,52 @@ def route_topk_kernel(
             NUM_GROUPS,
             TOPK_GROUP,
             GROUP_TOP2,
+            BLOCK_TOKENS,
             BLOCK_GROUPS,
             BLOCK_SIZE,
-            HAS_ROWS or TOPK_GROUP * (NUM_EXPERTS // NUM_GROUPS) < TOP_K,
+            MAY_RUN_OUT,
             PACKED_KEYS,
         )
+    if HAS_ROWS:
+        forced_ids = tl.load(forced_ids_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & forced[:, None], other=0)
+        ids = tl.where(forced[:, None], forced_ids, ids)
+        num_left = tl.where(forced, TOP_K, num_left)
 
     # The chosen logits once more, from the L1 cache: cheaper than one reduction per expert to bring them here.
-    chosen = _finite(tl.load(logits_at + ids, mask=mask_k, other=0.0).to(tl.float32))
+    chosen = _finite(tl.load(logits_at + ids, mask=mask_k & is_token[:, None], other=0.0).to(tl.float32))
     if HAS_SCORE_BIAS:
-        chosen_bias = tl.load(score_bias_ptr + at * NUM_EXPERTS + ids, mask=mask_k, other=0.0)
-        chosen = tl.where(wants_bias & (flags & _NATIVE_WEIGHTS == 0), _finite(chosen + chosen_bias), chosen)
-    if SCORING == "softmax":
-        if native:
-            top, total = _softmax_sums(x, mask_lane)
-        elif forced:
-            top, total = _softmax_sums(chosen, mask_k)
-    weights = tl.where(mask_k & (offs_k < num_left), _score(chosen, top, total, SCORING), 0.0)
+        chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=mask_k, other=0.0)
+        biases = (wants_bias & (flags & _NATIVE_WEIGHTS == 0))[:, None]
+        chosen = tl.where(biases, _finite(chosen + chosen_bias), chosen)
+    if SCORING == "softmax" and HAS_ROWS:
+        if tl.max(native.to(tl.int32), axis=0) > 0:
+            native_top, native_total = _softmax_sums(x, is_expert, BLOCK_TOKENS)
+            top = tl.where(native, native_top, top)
+            total = tl.where(native, native_total, total)
+        weighs_chosen = forced & (native == 0)
+        if tl.max(weighs_chosen.to(tl.int32), axis=0) > 0:
+            chosen_top, chosen_total = _softmax_sums(chosen, mask_k, BLOCK_TOKENS)
+            top = tl.where(weighs_chosen, chosen_top, top)
+            total = tl.where(weighs_chosen, chosen_total, total)
+    weights = tl.where(mask_k & (offs_k < _column(num_left, BLOCK_TOKENS)), _score(chosen, top, total, SCORING, BLOCK_TOKENS), 0.0)
     if RENORMALIZE:
-        total = tl.sum(weights, axis=0)
-        weights = tl.where(total > 0, weights / total, 0.0)
+        sum_of_weights = _column(tl.sum(weights, axis=1), BLOCK_TOKENS)
+        weights = tl.where(sum_of_weights > 0, weights / sum_of_weights, 0.0)
     weights = weights * routed_scaling_factor
     if HAS_ROWS:
-        if (flags & _EXPLICIT_WEIGHTS) != 0:
-            weights = tl.load(forced_weights_ptr + at * TOP_K + offs_k, mask=mask_k, other=0.0)
+        explicit = (flags & _EXPLICIT_WEIGHTS) != 0
+        if tl.max(explicit.to(tl.int32), axis=0) > 0:
+            given = tl.load(forced_weights_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & explicit[:, None], other=0.0)
+            weights = tl.where(explicit[:, None], given, weights)
     if HAS_PADDING:
-        padding = tl.load(is_padding_ptr + token).to(tl.int1)
+        padding = tl.load(is_padding_ptr + token, mask=is_token, other=0).to(tl.int1)[:, None]
         ids = tl.where(padding, -1, ids)
         weights = tl.where(padding, 0.0, weights)
-    tl.store(weights_at, weights, mask=mask_k)
-    tl.store(ids_at, ids.to(topk_ids_ptr.dtype.element_ty), mask=mask_k)
+    tl.store(weights_at, weights, mask=mask_out)
+    tl.store(ids_at, ids.to(topk_ids_ptr.dtype.element_ty), mask=mask_out)
     if HAS_ROUTES:
-        tl.store(routes_ids_ptr + token * stride_routes + offs_k, ids, mask=mask_k)
-        tl.store(routes_weights_ptr + token * stride_routes + offs_k, weights, mask=mask_k)
+        tl.store(routes_ids_ptr + routes_at, ids, mask=mask_out)
+        tl.store(routes_weights_ptr + routes_at, weights, mask=mask_out)
 
 
 def constants(spec: GatingSpec) -> dict[str, object]:
@@ -355,6 +391,14 @@ def constants(spec: GatingSpec) -> dict[str, object]:
         "TOPK_GROUP": spec.topk_group,
         "GROUP_TOP2": spec.group_score == "top2",
     }
+
+
+def tokens_per_program(spec: GatingSpec, num_tokens: int) -> int:
+    """Tokens that one program gates; docs/kernels.md has the measurements behind it."""
+    lanes = triton.next_power_of_2(spec.num_experts)
+    if spec.grouped or num_tokens <= 32 * lanes:
+        return 1
+    return max(1, min(32, 256 // lanes))
 
 
 def _has_packed_keys(dtype: torch.dtype, spec: GatingSpec, biased: bool) -> bool:
@@ -383,6 +427,8 @@ def launch_arguments(
     only_directed: bool,
 ) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional and keyword arguments of the launch; tensors without memory serve for compilation alone."""
+    num_tokens = router_logits.shape[0]
+    block_tokens = tokens_per_program(spec, num_tokens)
     flags, allowed, forced_ids, forced_weights, score_bias = rows if rows is not None else (None,) * 5
     positional = (
         router_logits,
@@ -405,6 +451,7 @@ def launch_arguments(
         routes_weights,
         routes_ids.stride(0) if routes_ids is not None else 0,
         float(spec.routed_scaling_factor),
+        num_tokens,
     )
     keywords = {
         "HAS_ROWS": rows is not None,
@@ -415,10 +462,12 @@ def launch_arguments(
         "HAS_ROUTES": routes_ids is not None,
         "ONLY_DIRECTED": only_directed,
         "PACKED_KEYS": _has_packed_keys(router_logits.dtype, spec, correction_bias is not None or score_bias is not None),
+        "DENSE_LOGITS": router_logits.stride(0) == spec.num_experts,
+        "BLOCK_TOKENS": block_tokens,
         "num_warps": 1,
         **constants(spec),
     }
-    return (router_logits.shape[0],), positional, keywords
+    return (triton.cdiv(num_tokens, block_tokens),), positional, keywords
 
 
 def launch(*arguments: Any) -> None:

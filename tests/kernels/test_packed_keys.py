@@ -8,6 +8,7 @@ from kernel_cases import WEIGHT_TOLERANCE, Case, loop
 from vllm_unsafe_routes.kernels import GatingSpec, RouteRows, pack_allowed, route_topk
 
 INF, NAN = math.inf, math.nan
+pytestmark = pytest.mark.parametrize("tokens_per_program", [1, 4], indirect=True, ids=["one", "several"])
 
 
 def check(case: Case) -> torch.Tensor:

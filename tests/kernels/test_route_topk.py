@@ -13,6 +13,8 @@ from vllm_unsafe_routes.kernels.spec import FLAG_NATIVE_WEIGHTS, RouteRows, pack
 
 SENTINEL_ID, SENTINEL_WEIGHT = 77777, 12345.0
 
+several = pytest.mark.parametrize("tokens_per_program", [1, 4], indirect=True, ids=["one", "several"])
+
 
 def run_kernel(case: Case, ids_dtype=torch.int32, only_directed=False, routes=False):
     """Run the Triton kernel into outputs that are larger than needed and full of sentinels; returns their inner part."""
@@ -73,6 +75,7 @@ MODELS = {
 }
 
 
+@several
 @pytest.mark.parametrize("directives", ["none", "mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, directives):
@@ -91,6 +94,7 @@ def test_top_k(top_k):
     check(make_case(top_k, GatingSpec(60, top_k, renormalize=bool(top_k % 2)), num_tokens=6, directives="all"))
 
 
+@several
 @given(
     seed=st.integers(0, 1 << 30),
     shape=st.sampled_from([(8, 1, 1), (12, 3, 2), (16, 4, 2), (32, 4, 1), (33, 1, 1), (60, 6, 3), (64, 8, 4)]),
@@ -101,7 +105,7 @@ def test_top_k(top_k):
     directives=st.sampled_from(["none", "mixed", "all"]),
     group_score=st.sampled_from(["max", "top2"]),
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_mix(seed, shape, top_k, scoring, flags, dtype, directives, group_score):
     renormalize, bias, score_bias, padding, ties = flags
     spec = GatingSpec(shape[0], top_k, scoring, renormalize, 2.5, shape[1], shape[2], group_score)
@@ -117,6 +121,7 @@ def test_index_dtypes(dtype):
     assert ids.tolist() == loop(case)[1]
 
 
+@several
 def test_only_directed_leaves_the_others_alone_and_reports_all():
     case = make_case(5, MODELS["olmoe"], num_tokens=12)
     weights, ids, _ = run_kernel(case, only_directed=True)
@@ -130,6 +135,7 @@ def test_only_directed_leaves_the_others_alone_and_reports_all():
     assert used_weights.tolist() == weights.tolist()
 
 
+@several
 @pytest.mark.parametrize("kernel", ["triton", "torch"])
 def test_one_launch_keeps_native_picks_reports_routes_and_leaves_padding_alone(kernel, monkeypatch):
     """What the engine asks for: the model's gating has run, and wrote -1 for padded tokens."""
@@ -171,6 +177,7 @@ def special(values, spec, rows=None, row_index=None, bias=None):
 INF, NAN = math.inf, math.nan
 
 
+@several
 @pytest.mark.parametrize(
     "values",
     [
@@ -190,6 +197,7 @@ def test_corners(values, renormalize):
     check(special(values, GatingSpec(5, 3, renormalize=renormalize)))
 
 
+@several
 @pytest.mark.parametrize("left", [[], [3], [1, 4]])
 @pytest.mark.parametrize("grouping", [(1, 1), (3, 1)])
 def test_fewer_left_than_top_k(left, grouping):
