@@ -1,6 +1,6 @@
 """The route table on the device: rows shared by content, and each planned request's block of row indices.
 
-All buffers are allocated once. Uploads go through pinned memory and do not stall the stream.
+All buffers are allocated once. What changes between two steps is written on the host and brought over by `flush`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vllm_unsafe_routes.kernels.spec import RouteRows
 from ..compiled import NO_ROW, CompiledPlan
 from ..table import Arena, RowStore
 from .config import RouteConfig
+from .mirrored import Mirrored
 from .step import NO_PLAN_SLOT
 
 
@@ -47,21 +48,24 @@ class DeviceTable:
 
     def __init__(self, config: RouteConfig, num_words: int, top_k: int, device: torch.device) -> None:
         num_rows = config.route_table_rows
-        self._device = device
         self._store = RowStore(num_rows)
-        self.rows = RouteRows(
-            flags=torch.zeros(num_rows, dtype=torch.int32, device=device),
-            allowed=torch.zeros((num_rows, num_words), dtype=torch.int32, device=device),
-            forced_ids=torch.zeros((num_rows, top_k), dtype=torch.int32, device=device),
-            forced_weights=torch.zeros((num_rows, top_k), dtype=torch.float32, device=device),
+        # In the order of a row's content.
+        self._columns = (
+            Mirrored((num_rows,), 0, np.int32, device),
+            Mirrored((num_rows, num_words), 0, np.int32, device),
+            Mirrored((num_rows, top_k), 0, np.int32, device),
+            Mirrored((num_rows, top_k), 0, np.float32, device),
         )
+        self.rows = RouteRows(*(column.tensor for column in self._columns))
         num_slots = config.route_table_slots + 1 if config.allow_overrides else 1
         num_cells = config.route_table_cells if config.allow_overrides else 1
         self._arena = Arena(num_cells)
-        self.cells = torch.full((num_cells,), NO_ROW, dtype=torch.int32, device=device)
-        self.slot_base = torch.full((num_slots,), -1, dtype=torch.int64, device=device)
-        self.slot_listed = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.slot_prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._cells = Mirrored((num_cells,), NO_ROW, np.int32, device)
+        self._base = Mirrored((num_slots,), -1, np.int64, device)
+        self._listed = Mirrored((num_slots,), 0, np.int32, device)
+        self._prompt_len = Mirrored((num_slots,), 0, np.int32, device)
+        self.cells, self.slot_base = self._cells.tensor, self._base.tensor
+        self.slot_listed, self.slot_prompt_len = self._listed.tensor, self._prompt_len.tensor
         self._free_slots = list(range(num_slots - 1, NO_PLAN_SLOT, -1))
         # Of each planned request: its slot and its block, int32 [MoE layers, listed positions + 2].
         self._placed: dict[str, tuple[int, np.ndarray]] = {}
@@ -69,17 +73,22 @@ class DeviceTable:
     def __len__(self) -> int:
         return len(self._store)
 
+    def flush(self) -> None:
+        """Bring everything that was written since to the device, before a forward pass reads it."""
+        for mirrored in (*self._columns, self._cells, self._base, self._listed, self._prompt_len):
+            mirrored.flush()
+
     def acquire(self, contents: Sequence[bytes]) -> list[int]:
-        """Row indices of these contents, held until `release`; what is new is written."""
+        """Row indices of these contents, held until `release`."""
         contents = list(contents)
         ids, new = self._store.acquire(contents)
         if new:
             ints = np.frombuffer(b"".join(contents[at] for at in new), "<i4").reshape(len(new), -1)
-            where = upload(np.array([ids[at] for at in new]), torch.int64, self._device)
+            where = np.array([ids[at] for at in new])
             words, top_k = self.rows.allowed.shape[1], self.rows.forced_ids.shape[1]
             flags, allowed, forced_ids, weights = np.split(ints, np.cumsum([1, words, top_k]), axis=1)
-            for column, values in zip(self.rows[:4], (flags[:, 0], allowed, forced_ids, weights.view("<f4")), strict=True):
-                column[where] = upload(values, column.dtype, self._device)
+            for column, values in zip(self._columns, (flags[:, 0], allowed, forced_ids, weights.view("<f4")), strict=True):
+                column.write(where, values)
         return ids
 
     def release(self, contents: Sequence[bytes]) -> None:
@@ -104,18 +113,18 @@ class DeviceTable:
         for other, new_base, _ in moved:
             self._write_block(*self._placed[other], new_base)
         self._write_block(slot, block, base)
-        self.slot_listed[slot] = plan.num_listed
-        self.slot_prompt_len[slot] = prompt_len
+        self._listed.write(slot, plan.num_listed)
+        self._prompt_len.write(slot, prompt_len)
         return slot
 
     def _write_block(self, slot: int, block: np.ndarray, base: int) -> None:
-        self.cells[base : base + block.size] = upload(block.reshape(-1), torch.int32, self._device)
-        self.slot_base[slot] = base
+        self._cells.write(slice(base, base + block.size), block.reshape(-1))
+        self._base.write(slot, base)
 
     def remove(self, req_id: str, plan: CompiledPlan) -> None:
         """Give a planned request's room back."""
         self.release(plan.rows)
         self._arena.free(req_id)
         slot, _ = self._placed.pop(req_id)
-        self.slot_base[slot] = -1
+        self._base.write(slot, -1)
         self._free_slots.append(slot)

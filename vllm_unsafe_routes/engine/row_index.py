@@ -64,6 +64,7 @@ class RowIndex:
 
     def stage(self, step: Step) -> None:
         """Write the row of every token of the coming forward pass; padded tokens of a step with plans get -1."""
+        self._table.flush()
         slot_of = {part.req_id: part.resident.slot for part in step.parts if part.resident.slot != NO_PLAN_SLOT}
         if slot_of:
             assert step.query_start_loc is not None and step.positions is not None
