@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .commands import demo, derive_policy, doctor, evaluate, fsour, inspect, mask_attack, report, rosais
+from .commands import demo, derive_policy, doctor, evaluate, fsour, inspect, mask_attack, replay, report, rosais
 from .commands.usage import Parser
 from .errors import RouteError
 
-COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, evaluate, derive_policy, report, demo)
+COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, evaluate, derive_policy, report, replay, demo)
 # As a shell gives it for a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
 
@@ -26,6 +26,7 @@ in order:
   a red team    rosais, mask-attack, fsour, then report (docs/search.md)
   a defence     derive-policy, then evaluate (docs/defence.md)
   serving it    vLLM's server with --route-policy (docs/serving.md)
+  training      replay: where a rollout and its replay part (docs/rl.md)
 
 Most commands have an example at the end of their --help. An interrupted run goes on with the same command.
 """

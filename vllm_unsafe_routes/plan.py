@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from . import wire
+from . import routed_experts, wire
 from .directive import Directive, Kind
 from .errors import RouteError
+from .shape import ModelShape
 
 WEIGHT_MODES = ("masked", "native")
 
@@ -145,14 +146,34 @@ class RoutePlan:
             if weights.shape != ids.shape:
                 raise RouteError(f"weights have shape {list(weights.shape)}, the routes {list(ids.shape)}")
         plan = cls(model=model)
-        for slot, layer in enumerate(layers):
-            for token in np.flatnonzero((ids[:, slot] >= 0).all(axis=-1)).tolist():
-                plan.force(
-                    int(layer),
-                    [first_position + token],
-                    ids[token, slot].tolist(),
-                    None if weights is None else weights[token, slot].tolist(),
-                )
+        _force_rows(plan, ids, weights, layers, first_position)
+        return plan
+
+    @classmethod
+    def from_routed_experts(
+        cls,
+        value: Any,
+        shape: ModelShape,
+        form: str = "vllm",
+        *,
+        num_tokens: int | None = None,
+        first_position: int = 0,
+        weights: str = "native",
+    ) -> RoutePlan:
+        """A plan that replays another program's routes; see `routed_experts.py` for the forms and for what is refused.
+
+        Args:
+            value: as the program gives it.
+            shape: the model's.
+            form: `vllm`, `sglang`, `dynamo`, `prime-rl`, `tunix` or `tensorrt-llm`.
+            num_tokens: how many leading tokens are valid, where there is padding.
+            first_position: position of the first row, where the form does not say it.
+            weights: "native": those that the router's own scores give the experts, as where they were recorded; or "masked".
+
+        """
+        ids, start = routed_experts.read(value, shape, form, num_tokens=num_tokens, start=first_position)
+        plan = cls(weights, shape.fingerprint)
+        _force_rows(plan, ids, None, shape.moe_layers, start)
         return plan
 
     @property
@@ -210,6 +231,18 @@ class RoutePlan:
 
     def __repr__(self) -> str:
         return f"RoutePlan({len(self)} directives, weights={self.weights!r}, digest={self.digest})"
+
+
+def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], first_position: int) -> None:
+    """One force for each (layer, token) of [num_tokens, num_moe_layers, top_k]; rows of -1 are left out."""
+    for slot, layer in enumerate(layers):
+        for token in np.flatnonzero((ids[:, slot] >= 0).all(axis=-1)).tolist():
+            plan.force(
+                int(layer),
+                [first_position + token],
+                ids[token, slot].tolist(),
+                None if weights is None else weights[token, slot].tolist(),
+            )
 
 
 def parse_plan(text: str) -> RoutePlan:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import routed_experts
 from .errors import RouteError
+from .shape import ModelShape
 
 # vLLM carries this dict from the engine to offline outputs and HTTP responses; our entry sits beside a connector's own.
 CARRIER = "kv_transfer_params"
@@ -63,6 +65,26 @@ class Receipt:
         if not isinstance(other, Receipt):
             return NotImplemented
         return all(_same(getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
+
+    def routed_experts(self, shape: ModelShape, form: str = "vllm", start: int | None = None) -> Any:
+        """The routes as other programs write them; see `routed_experts.py` for the forms.
+
+        Args:
+            shape: the model's.
+            form: `vllm`, `sglang`, `dynamo`, `prime-rl`, `tunix` or `tensorrt-llm`.
+            start: first position; None: the first of `route_ids`.
+
+        Raises:
+            RouteError: no routes were asked for, a start that is none, or what the form cannot say.
+
+        """
+        if self.route_ids is None:
+            raise RouteError("the receipt has no routes: send return_routes with the request")
+        first = self.routes_start
+        begin = first if start is None else start
+        if not first <= begin <= first + len(self.route_ids):
+            raise RouteError(f"start {begin} is out of range ({first}-{first + len(self.route_ids)})")
+        return routed_experts.write(self.route_ids[begin - first :], shape, form, begin)
 
     def to_dict(self) -> dict[str, Any]:
         """The form that travels: plain values, arrays as base64 of zlib-compressed little-endian bytes."""

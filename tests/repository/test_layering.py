@@ -24,6 +24,8 @@ PURE = (
     "table",
     "receipt",
     "cells",
+    "routed_experts",
+    "divergence",
 )
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}

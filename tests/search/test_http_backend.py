@@ -151,7 +151,7 @@ def test_when_no_server_is_left_nothing_is_lost(from_engine, replicas, tmp_path,
     folder = tmp_path / "run"
 
     def kill_the_other():
-        while num_lines(folder) < 10:
+        while num_lines(folder) < 12:
             time.sleep(0.002)
         replicas[1].kill()
 
