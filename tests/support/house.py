@@ -43,6 +43,8 @@ LAYERS = (
         "compiler",
         "table",
         "cells",
+        "routed_experts",
+        "divergence",
         "kernels",
     ),
     ("search.backend", "evaluation", "lab"),
