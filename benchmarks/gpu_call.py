@@ -4,7 +4,8 @@
     UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, identity: 300 s
     python3 benchmarks/gpu_call.py 1 --rehearse                        # every step on CPU, tiny; no figure counts
 
-Instead of call 2: `eager` if routes are exact without graphs only, `again` if no engine started in call 1 and the fault is mended.
+Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if no
+engine started in call 1 and the fault is mended.
 The host needs what docs/gpu.md lists, and no network. Everything measured is one file, `call-<name>.tgz`, copied to the folder that
 the environment variable OUT names (else to runs/gpu) every ten seconds and at the end; `benchmarks/tables.py` reads it. The exit
 status is 0 only if every part ended well.
@@ -78,6 +79,9 @@ CALLS = {
         Part(210, "search_speed.py", "--models olmoe --mode eager --agreed"),
         Part(300, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 2"),
     ),
+    # How fast cells are: eager engines start soonest, and nothing of a search replays a graph.
+    "cells": (Part(100, "search_speed.py", "--models olmoe --mode eager --rounds 2"),),
+    "cells-latent": (Part(100, "search_speed.py", "--models deepseek_v2_lite --mode eager --rounds 2"),),
     "again": (
         Part(125, "routes_exact.py", CHECKS),
         Part(255, "serving_cost.py", "--models olmoe --rounds 99"),

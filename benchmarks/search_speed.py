@@ -62,7 +62,7 @@ class Amounts:
 
     Attributes:
         prompt: prompt tokens.
-        cells: prompts in flight -> cells of all of them together in one round.
+        cells: way -> prompts in flight -> cells of all of them together in one round.
         passes: candidates of a baseline in one round.
         answer: tokens that a whole attempt generates.
         min_gain: what a route must gain to be kept; scores of dummy weights hardly differ.
@@ -70,17 +70,18 @@ class Amounts:
     """
 
     prompt: int
-    cells: dict[int, int]
+    cells: dict[str, dict[int, int]]
     passes: int
     answer: int
     min_gain: float
 
 
 AMOUNTS = {
-    "cpu": Amounts(48, {1: 16, 4: 24, 16: 48, 64: 96}, 24, 1, 2e-2),
-    "cuda": Amounts(28, {1: 24, 16: 96, 64: 256}, 24, ANSWER, 0.0),
+    "cpu": Amounts(48, {way: {1: 16, 4: 24, 16: 48, 64: 96} for way in WAYS}, 24, 1, 2e-2),
+    "cuda": Amounts(28, {"engine": {1: 24, 16: 96}, "cells": {1: 24, 16: 96, 64: 256, 128: 512}}, 24, ANSWER, 0.0),
 }
-TINY_AMOUNTS = {"cpu": Amounts(12, {1: 2, 4: 4}, 3, 1, 2e-2), "cuda": Amounts(8, {1: 2, 4: 4}, 2, 4, 0.0)}
+_TINY = {way: {1: 2, 4: 4} for way in WAYS}
+TINY_AMOUNTS = {"cpu": Amounts(12, _TINY, 3, 1, 2e-2), "cuda": Amounts(8, _TINY, 2, 4, 0.0)}
 
 
 def token_ids(seed: int, length: int, vocab: int) -> list[int]:
@@ -438,7 +439,7 @@ def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) 
         # Scores take rows times vocabulary in float32 beside the KV cache, and transformers is on the same GPU.
         # Cells take half of the KV cache.
         kv_bytes = (8 if key == "olmoe" else 2) * common.GIB
-        more |= {"max_num_seqs": 512, "max_num_batched_tokens": 4096}
+        more |= {"max_num_seqs": 1024, "max_num_batched_tokens": 16384 if key == "olmoe" else 8192}
     elif run.rehearse:
         more |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
     more |= common.latent_settings(run) if key == "deepseek_v2_lite" else {}
@@ -481,7 +482,7 @@ class Sides:
     @property
     def variants(self) -> list[str]:
         """Baselines first."""
-        ours = (f"{way}, {count} in flight" for way in WAYS for count in self.amounts.cells)
+        ours = (f"{way}, {count} in flight" for way in WAYS for count in self.amounts.cells[way])
         return [*BASELINES[self.run.device], *ours]
 
     def rate(self, found: Row) -> float:
@@ -503,7 +504,8 @@ class Sides:
             return self.passes(count, seed, self.fastest[variant], batch)
         way, in_flight = variant.split(",")[0], int(variant.split()[1])
         amounts = self.amounts
-        sizes = {"in_flight": in_flight, "cells": amounts.cells[in_flight], "length": amounts.prompt, "min_gain": amounts.min_gain}
+        cells = amounts.cells[way][in_flight]
+        sizes = {"in_flight": in_flight, "cells": cells, "length": amounts.prompt, "min_gain": amounts.min_gain}
         found: Row = self.engine.ask(self.run.left, do="attempts", seed=seed, way=way, **sizes)
         return found
 
@@ -598,15 +600,14 @@ def measure_model(key: str, run: Run, threads: int, results: Results, agreed: bo
     folder = make_model(run.scratch / f"search-{key}", config_of(key, run.size), dtype_of(run) if run.size == "cpu" else None)
     children: list[Child] = []
     try:
-        if not agreed:
-            env = common.engine_environment(run, v2=False) | common.EXACT_FLOAT32
-            children.append(Child(__file__, "agreement", agreement_options(key, run), results.log, env))
-            found = children[0].read(run.left)
-            results.step("scores agree", model=key, **found)
-            children.pop().close()
         children += [start(kind, key, folder, run, threads, results.log) for kind in ("transformers", "engine")]
         baseline, engine = children
         sides = Sides(key, run, threads, engine, baseline, {})
+        if not agreed:  # while the others start
+            env = common.engine_environment(run, v2=False) | common.EXACT_FLOAT32
+            children.append(Child(__file__, "agreement", agreement_options(key, run), results.log, env))
+            results.step("scores agree", model=key, **children[-1].read(run.left))
+            children.pop().close()
         for child in children:
             child.read(run.left)
         results.step("both ready", model=key)
@@ -668,7 +669,7 @@ def profile(run: Run, log: Path) -> None:
     engine.read(run.left)
     sizes = {"length": amounts.prompt, "min_gain": amounts.min_gain}
     engine.ask(run.left, do="attempts", in_flight=2, cells=4, seed=7, **sizes)
-    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells[16], seed=5, **sizes)
+    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells["cells"][16], seed=5, **sizes)
     engine.close()
     print(f"{found['candidates']} candidates in {found['seconds']:.1f} s; {found['computed']} of {found['tokens']} tokens computed")
     for name, own, cumulative in found["rows"]:
