@@ -4,8 +4,8 @@
     UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, identity: 300 s
     python3 benchmarks/gpu_call.py 1 --rehearse                        # every step on CPU, tiny; no figure counts
 
-Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if no
-engine started in call 1 and the fault is mended.
+Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if
+no engine started in call 1 and the fault is mended.
 The host needs what docs/gpu.md lists, and no network. Everything measured is one file, `call-<name>.tgz`, copied to the folder that
 the environment variable OUT names (else to runs/gpu) every ten seconds and at the end; `benchmarks/tables.py` reads it. The exit
 status is 0 only if every part ended well.
