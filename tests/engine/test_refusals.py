@@ -16,7 +16,7 @@ import torch
 from engines import engine
 
 from vllm_unsafe_routes import ModelShape, RouteError
-from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig
+from vllm_unsafe_routes.engine.config import CONFIG_KEY, RouteConfig, refuse_misspelled
 from vllm_unsafe_routes.engine.flags import merge_cli_arguments
 from vllm_unsafe_routes.engine.supported import check_supported
 
@@ -413,3 +413,64 @@ def test_flags_and_the_additional_config_are_merged():
 def test_flags_that_contradict_the_additional_config(section, message):
     with pytest.raises(RouteError, match=message):
         merge_cli_arguments({CONFIG_KEY: section}, flags("a.json"))
+
+
+def test_flags_reach_servers_that_read_them_before_plugins_are_loaded(tiny_model, tmp_path):
+    """`vllm serve --api-server-count 2` hands its arguments to new processes; there vLLM's own function reads them."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_unsafe_routes.engine import plugin
+
+    plugin.register()
+    path = tmp_path / "policy.json"
+    path.write_text('{"version": "route-policy/1", "layers": {"1": {"disabled": [3]}}}')
+    args = argparse.Namespace(model=str(tiny_model("olmoe")), additional_config={"other": 1}, middleware=["somebody.else"])
+    args.route_policy, args.route_policy_mode, args.enable_route_overrides, args.route_jitter = str(path), "observe", True, "0.5"
+    first = EngineArgs.from_cli_args(args).additional_config
+    path.unlink()
+    own = EngineArgs.from_cli_args.__func__.__wrapped__
+    for again in (own(EngineArgs, args), EngineArgs.from_cli_args(args)):
+        assert again.additional_config == first
+    assert first["other"] == 1
+    config = RouteConfig.from_dict(first[CONFIG_KEY])
+    assert (config.allow_overrides, config.policy_mode, config.load_jitter().scale) == (True, "observe", 0.5)
+    assert config.load_policy().layers[1].disabled == {3}
+    assert args.middleware == ["somebody.else", "vllm_unsafe_routes.engine.answers.RouteAnswers"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("unsafe-routes", "unsafe_route", "Unsafe_Routes", "unsafe routes", "unsaferoutes", "usafe_routes", "vllm_unsafe_routes"),
+        *(
+            "route_policy",
+            "route-policy",
+            "enable_route_overrides",
+            "allow_overrides",
+            "route_table_rows",
+            "policy_mode",
+            "route_plans",
+        ),
+    ],
+)
+def test_a_key_that_resembles_ours_is_refused(key, tiny_model):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=str(tiny_model("olmoe")), skip_tokenizer_init=True, additional_config={key: {"allow_overrides": True}}
+    )
+    with pytest.raises(
+        RouteError, match=f"additional_config has {key!r}, which resembles .*; settings of routes stand under 'unsafe_routes'"
+    ):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize("key", ["decode_backend", "router", "policy_server", "gdn_prefill_backend", "routes", "safe_mode"])
+def test_other_people_s_keys_are_left_alone(key):
+    refuse_misspelled({key: 1, CONFIG_KEY: {}})
+
+
+def test_a_front_end_without_the_plugin_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(RouteError, match="route control does not support VLLM_USE_RUST_FRONTEND"):
+        check_supported(vllm_config())

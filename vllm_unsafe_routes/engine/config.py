@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from ..errors import RouteError
 from ..jitter import Jitter
 from ..policy import POLICY_MODES, POLICY_VERSION, ActivePolicy, RoutePolicy
 from ..shape import ModelShape
-from ..wire import reject_unknown_keys
+from ..wire import PLAN_KEY, reject_unknown_keys
 
 CONFIG_KEY = "unsafe_routes"
 GATING_CHOICES = ("native", "fused")
@@ -138,6 +139,34 @@ def _shared_compiler(shape: ModelShape, policy_text: str | None, num_rows: int, 
     if reserved >= num_rows:
         raise RouteError(f"route_table_rows {num_rows} is too small: the policy alone needs {reserved}")
     return PlanCompiler(shape, policy, num_rows - reserved, num_cells)
+
+
+def refuse_misspelled(additional_config: Mapping[str, Any]) -> None:
+    """Raise `RouteError` for a key of `additional_config` that was probably meant for us: vLLM would ignore it.
+
+    Keys of others are left alone, so only what resembles our key, our settings or our flags is refused.
+    """
+    names = [
+        CONFIG_KEY,
+        "vllm_unsafe_routes",
+        "route_policy",
+        "route_policy_mode",
+        "enable_route_overrides",
+        "route_jitter",
+        PLAN_KEY,
+    ]
+    names += [item.name for item in fields(RouteConfig) if "_" in item.name]
+    ours = {_plain(name): name for name in names}
+    for key in additional_config:
+        close = difflib.get_close_matches(_plain(str(key)), ours, 1, 0.85) if key != CONFIG_KEY else ()
+        if close:
+            raise RouteError(
+                f"additional_config has {key!r}, which resembles {ours[close[0]]!r}; settings of routes stand under {CONFIG_KEY!r}"
+            )
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def route_config(vllm_config: Any) -> RouteConfig | None:

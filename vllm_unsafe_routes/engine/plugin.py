@@ -101,15 +101,17 @@ def _refuse_config(own: Any, reason: str) -> Any:
 
 def _create_engine_config(own: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config import CONFIG_KEY, RouteConfig, model_shape
+        from .config import CONFIG_KEY, RouteConfig, model_shape, refuse_misspelled
         from .supported import check_supported
 
-        section = self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
+        additional = self.additional_config if isinstance(self.additional_config, dict) else {}
+        refuse_misspelled(additional)
+        section = additional.get(CONFIG_KEY)
         if section is None:
             return own(self, *args, **kwargs)
         config = RouteConfig.from_dict(section)
         # The policy's content, not its path, goes to every process and into the compile-cache hash.
-        self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_dict()}
+        self.additional_config = {**additional, CONFIG_KEY: config.to_dict()}
         vllm_config = own(self, *args, **kwargs)
         if config.enabled:
             config.compiler(model_shape(vllm_config))

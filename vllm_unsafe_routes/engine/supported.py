@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
+
 from ..errors import RouteError
 
 # What runs through vLLM paths where a router may see other tokens than the step's own, in the order of the step.
@@ -32,6 +34,9 @@ def check_supported(vllm_config: Any) -> None:
         value = getattr(parallel, name, wanted)
         if value != wanted:
             raise RouteError(f"route control does not support {name}={value}; {help_text}")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        # It is another program: there is nobody in it who would check a plan or put a receipt together.
+        raise RouteError("route control does not support VLLM_USE_RUST_FRONTEND=1; leave it unset")
     if vllm_config.speculative_config is not None:
         raise RouteError("route control does not support speculative decoding; leave out --speculative-config")
     for name, known, value in (
