@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .errors import RouteError
 from .extras import RouteExtras, ScoreSpec
-from .plan import RoutePlan, parse_plan
+from .plan import RoutePlan
 from .policy import RoutePolicy
 from .shape import ModelShape
 
@@ -91,7 +91,7 @@ class Cells:
     def extras(self) -> list[RouteExtras]:
         """Each candidate as a request of its own, for an engine that cannot score cells: what travels beside `token_ids`."""
         spec = ScoreSpec(len(self.prompt) - 1, self.target[:, None])
-        plan = RoutePlan() if self.plan is None else parse_plan(self.plan)
+        plan = RoutePlan() if self.plan is None else RoutePlan.from_string(self.plan)
         forced = {
             (item.layer, position): item.experts
             for item in plan.directives

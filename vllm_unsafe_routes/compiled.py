@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from .binding import PromptBinding
+
 NO_ROW = -1
+# For `CompiledPlan.num_bytes`: head and reference of a `bytes` object; two counts, and an entry of a dict of digests.
+_OBJECT_BYTES, _COLUMN_BYTES = 48, 160
 # The bits of a row's flags word, as `kernels/spec.py` defines them; a test compares the two.
 FLAG_FORCED, FLAG_EXPLICIT_WEIGHTS, FLAG_NATIVE_WEIGHTS = 1, 2, 4
 
@@ -72,6 +77,7 @@ class CompiledPlan:
             Column p < num_listed is prompt position p; then come the defaults of prompt and of generated positions.
             Becomes read-only.
         native: whether its weights are `native`.
+        prompt: the prompt that the plan is for; None: any.
 
     """
 
@@ -79,9 +85,12 @@ class CompiledPlan:
     rows: tuple[bytes, ...]
     block: npt.NDArray[np.int32]
     native: bool = False
+    prompt: PromptBinding | None = None
     # Directives of each column, and of all columns before each.
     _counts: npt.NDArray[np.int64] = field(init=False, repr=False)
     _cumulative: npt.NDArray[np.int64] = field(init=False, repr=False)
+    # Rows that are not those of the plan that this one was copied from.
+    _num_own: int = field(init=False, repr=False)
     # Column -> digest of what it does, made when it is first asked for.
     _digests: dict[int, bytes] = field(init=False, repr=False, default_factory=dict)
 
@@ -89,7 +98,19 @@ class CompiledPlan:
         self.block.setflags(write=False)
         counts = (self.block != NO_ROW).sum(axis=0)
         object.__setattr__(self, "_counts", counts)
+        object.__setattr__(self, "_num_own", len(self.rows))
         object.__setattr__(self, "_cumulative", np.concatenate([[0], np.cumsum(counts[:-2])]))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes or will take, roughly; digests of columns are made one by one."""
+        own = self._num_own * (len(self.rows[0]) + _OBJECT_BYTES) if self.rows else 0
+        return self.block.nbytes + int(self.block.shape[1]) * _COLUMN_BYTES + 8 * len(self.rows) + own
+
+    def check_prompt(self, token_ids: Sequence[int] | None) -> None:
+        """Raise `RouteError` if the plan is bound to another prompt than these ids (None: embeddings)."""
+        if self.prompt is not None:
+            self.prompt.check(token_ids)
 
     @property
     def max_position(self) -> int:
@@ -143,7 +164,8 @@ class CompiledPlan:
             block[slot, position] = len(rows)
             rows.append(content)
         changed = {position for _, position, _ in cells}
-        made = CompiledPlan(digest, tuple(rows), block, self.native)
+        made = CompiledPlan(digest, tuple(rows), block, self.native, self.prompt)
+        object.__setattr__(made, "_num_own", len(cells))
         if needed <= listed:
             for column in range(listed + 2):
                 if column not in changed:

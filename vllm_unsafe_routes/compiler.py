@@ -6,6 +6,7 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,35 +17,43 @@ import numpy as np
 from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout
 from .directive import Directive
 from .errors import RouteError
-from .plan import RoutePlan, parse_plan
+from .plan import RoutePlan
 from .policy import RoutePolicy
 from .shape import ModelShape
 
-# Compiled plans are remembered up to this many, and up to this many block entries in all (4 bytes each).
+# Compiled plans are remembered up to this many, and up to so much memory in all.
 _REMEMBERED_PLANS = 4096
-_REMEMBERED_CELLS = 1 << 24
+_REMEMBERED_BYTES = 64 << 20
+
+
+def _key(text: str | None, delta: tuple[int, ...]) -> bytes:
+    """What a plan's string and a delta are remembered by: they may be large, so they themselves are not kept."""
+    parts = hashlib.blake2b(struct.pack(f"<{len(delta)}i", *delta), digest_size=32)
+    if text is not None:
+        parts.update(b"plan:" + text.encode("utf-8", "surrogatepass"))
+    return parts.digest()
 
 
 class _Memory:
-    """The most recent results, by a plan's string and a delta."""
+    """The most recent results, by `_key`."""
 
     def __init__(self) -> None:
-        self.plans: OrderedDict[tuple[str | None, tuple[int, ...]], CompiledPlan] = OrderedDict()
-        self.num_cells = 0
+        self.plans: OrderedDict[bytes, CompiledPlan] = OrderedDict()
+        self.num_bytes = 0
 
-    def find(self, key: tuple[str | None, tuple[int, ...]]) -> CompiledPlan | None:
+    def find(self, key: bytes) -> CompiledPlan | None:
         """A result, which is the most recent one then."""
         found = self.plans.get(key)
         if found is not None:
             self.plans.move_to_end(key)
         return found
 
-    def keep(self, key: tuple[str | None, tuple[int, ...]], compiled: CompiledPlan) -> CompiledPlan:
+    def keep(self, key: bytes, compiled: CompiledPlan) -> CompiledPlan:
         """Keep a result, and forget the oldest ones where there are too many."""
         self.plans[key] = compiled
-        self.num_cells += compiled.block.size
-        while len(self.plans) > _REMEMBERED_PLANS or (self.num_cells > _REMEMBERED_CELLS and len(self.plans) > 1):
-            self.num_cells -= self.plans.popitem(last=False)[1].block.size
+        self.num_bytes += compiled.num_bytes
+        while len(self.plans) > _REMEMBERED_PLANS or self.num_bytes > _REMEMBERED_BYTES:
+            self.num_bytes -= self.plans.popitem(last=False)[1].num_bytes
         return compiled
 
 
@@ -98,13 +107,13 @@ class PlanCompiler:
 
         """
         with self._lock:
-            key = (text, delta)
+            key = _key(text, delta)
             compiled = self._memory.find(key)
             if compiled is not None:
                 return compiled
             if delta:
                 return self._memory.keep(key, self._extend(self.compile_text(text), delta))
-            return self._memory.keep(key, self.compile(parse_plan(text) if text is not None else RoutePlan()))
+            return self._memory.keep(key, self.compile(RoutePlan.from_string(text) if text is not None else RoutePlan()))
 
     def _extend(self, base: CompiledPlan, delta: tuple[int, ...]) -> CompiledPlan:
         """`base` with the forces of `delta` on top."""
@@ -215,7 +224,7 @@ class PlanCompiler:
             untouched = [position for position in range(num_listed) if position not in cells]
             block[slot, untouched] = block[slot, num_listed]
         self._check_size(num_listed, len(row_of))
-        return CompiledPlan(plan.digest, tuple(row_of), block, native)
+        return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 
     def _apply(self, item: Directive, cell: _Cell, where: object) -> None:
         bits = _bits(item.experts)

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from . import routed_experts, wire
+from .binding import PromptBinding
 from .directive import Directive, Kind
 from .errors import RouteError
 from .shape import ModelShape
@@ -56,7 +56,7 @@ class RoutePlan:
 
     """
 
-    __slots__ = ("_digest", "_directives", "_model", "_string", "_weights")
+    __slots__ = ("_digest", "_directives", "_model", "_prompt", "_string", "_weights")
 
     def __init__(self, weights: str = "masked", model: str | None = None) -> None:
         if weights not in WEIGHT_MODES:
@@ -65,6 +65,7 @@ class RoutePlan:
             raise RouteError(f"model must be a fingerprint string or null, got {model!r}")
         self._weights = weights
         self._model = model
+        self._prompt: PromptBinding | None = None
         self._directives: list[Directive] = []
         # Of the directives so far; None: not asked for since the last one.
         self._string: str | None = None
@@ -79,6 +80,11 @@ class RoutePlan:
     def model(self) -> str | None:
         """Fingerprint of the model that the plan was made for; None: any model."""
         return self._model
+
+    @property
+    def prompt(self) -> PromptBinding | None:
+        """The prompt that the plan is for; None: any prompt that is long enough."""
+        return self._prompt
 
     @property
     def directives(self) -> tuple[Directive, ...]:
@@ -109,9 +115,17 @@ class RoutePlan:
         self._string = self._digest = None
         return self
 
+    def for_prompt(self, token_ids: Sequence[int]) -> RoutePlan:
+        """A copy that is bound to the prompt of these ids: with any other one it is refused."""
+        made = self.copy()
+        made._prompt = PromptBinding.of(token_ids)
+        made._string = made._digest = None
+        return made
+
     def copy(self) -> RoutePlan:
         """A plan with the same content that grows by itself."""
         made = RoutePlan(self._weights, self._model)
+        made._prompt = self._prompt
         made._directives = list(self._directives)
         made._string, made._digest = self._string, self._digest
         return made
@@ -190,11 +204,11 @@ class RoutePlan:
         return self._string
 
     def _payload(self) -> bytes:
-        return wire.to_payload(self._weights, self._model, self._directives)
+        return wire.to_payload(self._weights, self._model, self._prompt, self._directives)
 
     def to_json(self) -> str:
         """The readable form, versioned `route-plan/1`."""
-        return wire.to_json(self._weights, self._model, self._directives)
+        return wire.to_json(self._weights, self._model, self._prompt, self._directives)
 
     @classmethod
     def from_string(cls, text: str) -> RoutePlan:
@@ -208,8 +222,9 @@ class RoutePlan:
 
     @classmethod
     def _of(cls, content: wire.Content) -> RoutePlan:
-        weights, model, entries = content
+        weights, model, prompt, entries = content
         plan = cls(weights, model)
+        plan._prompt = None if prompt is None else PromptBinding.from_dict(prompt)
         plan._directives = [Directive.checked(*entry) for entry in entries]
         return plan
 
@@ -243,15 +258,3 @@ def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], 
                 ids[token, slot].tolist(),
                 None if weights is None else weights[token, slot].tolist(),
             )
-
-
-def parse_plan(text: str) -> RoutePlan:
-    """`RoutePlan.from_string`, remembered: one plan often comes with many requests."""
-    return _parsed(text).copy()
-
-
-@lru_cache(maxsize=1024)
-def _parsed(text: str) -> RoutePlan:
-    plan = RoutePlan.from_string(text)
-    plan.digest  # noqa: B018  (the copies have it then)
-    return plan

@@ -6,7 +6,6 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 import base64
-import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -153,11 +152,6 @@ def _same(one: Any, other: Any) -> bool:
 
 def _pack(array: npt.NDArray[Any]) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode("ascii")
-
-
-def prompt_digest(token_ids: Sequence[int]) -> str:
-    """32 hex digits over a prompt's token ids (SHA-256 of them as little-endian int32)."""
-    return hashlib.sha256(np.array(token_ids, "<i4").tobytes()).hexdigest()[:32]
 
 
 def receipts_document(documents: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The forms in which a plan travels: readable JSON (`route-plan/1`), and one compact ASCII string.
 
 The string is `rp1:` and the base64 of a zlib-compressed payload: a JSON head with the weight mode, the model and the number of
-directives, a newline, then flat little-endian arrays one after another. Per directive: kind (uint8), whether it has weights
-(uint8), layer (int32), number of positions (int32; -1, -2, -3: prompt, generated, all), number of experts (int32). Then all
-positions, all experts (int32) and all weights (float32). The payload is the plan's content; its digest is taken over it.
+directives (and the prompt, where the plan is bound to one), a newline, then flat little-endian arrays one after another. Per
+directive: kind (uint8), whether it has weights (uint8), layer (int32), number of positions (int32; -1, -2, -3: prompt, generated,
+all), number of experts (int32). Then all positions, all experts (int32) and all weights (float32). The payload is the plan's
+content; its digest is taken over it.
 
 This module imports neither torch nor vLLM.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .binding import PromptBinding
 from .directive import KINDS, SPANS, Directive
 from .errors import RouteError
 
@@ -27,16 +29,16 @@ PLAN_VERSION = "route-plan/1"
 PLAN_KEY = "route_plan"
 RETURN_ROUTES_KEY = "return_routes"
 WIRE_PREFIX = "rp1:"
-# A decompressed plan larger than this is refused before it is unpacked: a small string must not fill the memory.
+# A plan that is larger, as JSON or unpacked, is refused before it is read: a small string must not fill the memory.
 MAX_WIRE_BYTES = 64 << 20
 
 # What `Directive.checked` takes: which directive it is, kind, layer, positions, experts, weights.
 Entry = tuple[str, Any, Any, Any, Any, Any]
-# Weight mode, model, directives; nothing of it is checked.
-Content = tuple[Any, Any, Iterator[Entry]]
+# Weight mode, model, prompt, directives; nothing of it is checked.
+Content = tuple[Any, Any, Any, Iterator[Entry]]
 
 
-def to_json(weights: str, model: str | None, directives: Sequence[Directive]) -> str:
+def to_json(weights: str, model: str | None, prompt: PromptBinding | None, directives: Sequence[Directive]) -> str:
     """The readable form."""
     entries = []
     for item in directives:
@@ -48,16 +50,20 @@ def to_json(weights: str, model: str | None, directives: Sequence[Directive]) ->
     document: dict[str, Any] = {"version": PLAN_VERSION, "weights": weights, "directives": entries}
     if model is not None:
         document["model"] = model
+    if prompt is not None:
+        document["prompt"] = prompt.to_dict()
     return json.dumps(document)
 
 
 def read_json(text: str | bytes | Mapping[str, Any]) -> Content:
     """Read what `to_json` wrote. Raises `RouteError` for unknown keys or versions and for what is missing."""
-    document = read_document(text, "plan", PLAN_VERSION, {"version", "weights", "directives", "model"})
+    if not isinstance(text, Mapping) and len(text) > MAX_WIRE_BYTES:
+        raise RouteError(f"the plan is larger than {MAX_WIRE_BYTES} bytes")
+    document = read_document(text, "plan", PLAN_VERSION, {"version", "weights", "directives", "model", "prompt"})
     directives = document.get("directives", [])
     if not isinstance(directives, list):
         raise RouteError(f"directives must be a list, got {type(directives).__name__}")
-    return document.get("weights", "masked"), document.get("model"), _json_entries(directives)
+    return document.get("weights", "masked"), document.get("model"), document.get("prompt"), _json_entries(directives)
 
 
 def _json_entries(directives: list[Any]) -> Iterator[Entry]:
@@ -75,9 +81,11 @@ def _json_entries(directives: list[Any]) -> Iterator[Entry]:
         yield where, kinds[0], entry["layer"], entry["positions"], entry[kinds[0]], entry.get("weights")
 
 
-def to_payload(weights: str, model: str | None, directives: Sequence[Directive]) -> bytes:
+def to_payload(weights: str, model: str | None, prompt: PromptBinding | None, directives: Sequence[Directive]) -> bytes:
     """A plan's content as bytes, the same for the same content."""
-    head = {"weights": weights, "model": model, "directives": len(directives)}
+    head: dict[str, Any] = {"weights": weights, "model": model, "directives": len(directives)}
+    if prompt is not None:
+        head["prompt"] = prompt.to_dict()
     spans = [item.positions for item in directives]
     positions = [where for where in spans if not isinstance(where, str)]
     explicit = [item.weights for item in directives if item.weights is not None]
@@ -119,9 +127,9 @@ def read_string(text: str) -> Content:
         if isinstance(error, RouteError):
             raise
         raise RouteError(f"{PLAN_KEY} is damaged: {error}") from None
-    if not newline or set(head) != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
+    if not newline or set(head) - {"prompt"} != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
         raise RouteError(f"{PLAN_KEY} has an unknown head: {head}")
-    return head["weights"], head["model"], _packed_entries(body, num)
+    return head["weights"], head["model"], head.get("prompt"), _packed_entries(body, num)
 
 
 def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:

@@ -14,8 +14,8 @@ from engines import random_prompt
 from servers import server
 
 from vllm_unsafe_routes import RoutePlan, RoutePolicy, receipt_of, receipts_of
+from vllm_unsafe_routes.binding import prompt_digest
 from vllm_unsafe_routes.lab import model_path
-from vllm_unsafe_routes.receipt import prompt_digest
 
 pytestmark = pytest.mark.v1_only  # a server process of its own
 
@@ -238,3 +238,33 @@ def test_a_number_out_of_range_is_a_400_that_names_it(started, name):
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == parameter
+
+
+def test_a_bound_plan_holds_for_its_prompt_only(started):
+    """One plan for position 4, sent as chat, as ids, as text with and without the chat's marks, and truncated."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    plan = RoutePlan().force(1, [4], [5, 7, 9, 11]).for_prompt(ids)
+    xargs = {"vllm_xargs": plan.extra_args(), "max_tokens": 2, "temperature": 0}
+    answers = {
+        name: post(started, path, {"model": "tiny", **xargs, **body})
+        for name, path, body in (
+            ("chat", "/v1/chat/completions", {"messages": MESSAGES}),
+            ("ids", "/v1/completions", {"prompt": ids}),
+            ("text", "/v1/completions", {"prompt": text, "add_special_tokens": False}),
+            ("bare text", "/v1/completions", {"prompt": MESSAGES[0]["content"]}),
+            ("truncated", "/v1/completions", {"prompt": ids, "truncate_prompt_tokens": 6}),
+            ("other ids", "/v1/completions", {"prompt": [*ids[:-1], 9]}),
+        )
+    }
+    for name in ("chat", "ids", "text"):
+        receipt = receipt_of(answers[name].json())
+        assert (receipt.plan, receipt.prompt_tokens, receipt.prompt_digest) == (plan.digest, len(ids), prompt_digest(ids))
+    for name in ("bare text", "truncated"):
+        assert answers[name].status_code == 400
+        assert f"the plan is for a prompt of {len(ids)} tokens, this one has" in answers[name].text
+    assert answers["other ids"].status_code == 400
+    assert f"the plan is for the prompt with digest {prompt_digest(ids)}" in answers["other ids"].text

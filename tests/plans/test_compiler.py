@@ -1,6 +1,8 @@
 """Plans against a model: refusals with field, value and limit; rows, blocks, cache keys and counts."""
 
+import gc
 import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -154,4 +156,47 @@ def test_threads_share_a_compiler(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(work, seed) for seed in range(4)]:
             done.result()
-    assert compiler._memory.num_cells == sum(one.block.size for one in compiler._memory.plans.values())
+    assert compiler._memory.num_bytes == sum(one.num_bytes for one in compiler._memory.plans.values())
+
+
+def test_what_is_remembered_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr("vllm_unsafe_routes.compiler._REMEMBERED_BYTES", 1 << 20)
+    compiler = PlanCompiler(SHAPE)
+    for position in range(0, 3000, 25):
+        compiler.compile_text(RoutePlan().force(2, [position], range(4)).to_string(), (4, position, 8, 9, 10, 11))
+        kept = list(compiler._memory.plans.values())
+        assert compiler._memory.num_bytes == sum(one.num_bytes for one in kept) <= 1 << 20
+    assert len(kept) >= 2
+
+
+def test_the_text_of_a_plan_is_not_kept():
+    """120 plans, each one directive padded with blanks to 2 MB: a cache that is keyed by text would hold 244 MiB."""
+    compiler = PlanCompiler(SHAPE)
+    documents = [RoutePlan().disable(2, [at], [expert]).to_json() for at in range(15) for expert in range(8)]
+    compiler.compile_text(documents[0])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for document in documents:
+            compiler.compile_text(document + " " * (2 << 20))
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 << 20, f"{held >> 20} MiB"
+    assert len(compiler._memory.plans) == 121
+
+
+@pytest.mark.parametrize("form", ["string", "json", "bytes"])
+def test_one_limit_for_every_form(form, monkeypatch):
+    monkeypatch.setattr("vllm_unsafe_routes.wire.MAX_WIRE_BYTES", 5000)
+    plan = RoutePlan()
+    for position in range(600):
+        plan.disable(2, [position], [1])
+    read = {
+        "string": lambda: RoutePlan.from_string(plan.to_string()),
+        "json": lambda: RoutePlan.from_string(plan.to_json()),
+        "bytes": lambda: RoutePlan.from_json(plan.to_json().encode()),
+    }[form]
+    with pytest.raises(RouteError, match="larger than 5000 bytes"):
+        read()

@@ -1,17 +1,20 @@
 """Plans as values: building, both wire forms, refusals that need no model."""
 
 import copy
+import hashlib
 import json
 import pickle
 import zlib
 from base64 import b64encode
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_unsafe_routes import RouteError, RoutePlan
-from vllm_unsafe_routes.plan import parse_plan
+from vllm_unsafe_routes import ModelShape, RouteError, RoutePlan
+from vllm_unsafe_routes.binding import PromptBinding
+from vllm_unsafe_routes.compiler import PlanCompiler
 from vllm_unsafe_routes.wire import WIRE_PREFIX
 
 experts = st.lists(st.integers(0, 511), min_size=1, max_size=10, unique=True)
@@ -152,7 +155,59 @@ def test_a_copy_is_a_plan_of_its_own(copied):
     assert other != plan and RoutePlan.from_string(other.to_string()) == other
 
 
-def test_a_remembered_plan_is_nobody_elses():
-    text = RoutePlan().disable(1, "all", [5]).to_string()
-    parse_plan(text).disable(2, "all", [6])
-    assert parse_plan(text).to_string() == text
+class TestBinding:
+    """A plan that is meant for one prompt is refused for another."""
+
+    IDS = (5, 6, 7, 8)
+
+    def test_it_travels_with_the_plan(self):
+        plan = RoutePlan(model="feedfacefeedface").for_prompt(self.IDS).force(1, [3], [1, 2])
+        binding = PromptBinding(4, hashlib.sha256(np.array(self.IDS, "<i4").tobytes()).hexdigest()[:32])
+        for again in (plan, RoutePlan.from_string(plan.to_string()), RoutePlan.from_json(plan.to_json()), plan.copy()):
+            assert (again.prompt, again.model, again.digest) == (binding, plan.model, plan.digest)
+        assert json.loads(plan.to_json())["prompt"] == {"tokens": 4, "digest": binding.digest}
+        shape = ModelShape("olmoe", 2, 64, (0, 1), num_experts=8, top_k=2)
+        compiler = PlanCompiler(shape)
+        unnamed = RoutePlan().for_prompt(self.IDS).force(1, [3], [1, 2])
+        for delta in ((), (0, 1, 4, 5)):
+            assert compiler.compile_text(unnamed.to_string(), delta).prompt == binding
+
+    def test_binding_makes_another_plan_and_leaves_the_old_one(self):
+        plan = RoutePlan().force(1, [3], [1, 2])
+        text = plan.to_string()
+        bound = plan.for_prompt(self.IDS)
+        assert plan.prompt is None and plan.to_string() == text
+        assert len({plan.digest, bound.digest, plan.for_prompt([5, 6, 7, 9]).digest}) == 3
+        assert bound.for_prompt([1]).prompt.tokens == 1
+
+    def test_a_plan_without_one_reads_as_it_always_did(self):
+        assert "prompt" not in json.loads(RoutePlan().disable(0, "all", [1]).to_json())
+        assert RoutePlan().disable(0, "all", [1]).digest == "87e763ed2ed217a8bac7beb6bcffcc75"
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ([5, 6, 7], "the plan is for a prompt of 4 tokens, this one has 3"),
+            ([1, 5, 6, 7, 8], "the plan is for a prompt of 4 tokens, this one has 5"),
+            ([5, 6, 7, 9], "the plan is for the prompt with digest [0-9a-f]{32}, this one of 4 tokens has [0-9a-f]{32}"),
+            (None, "the plan is for a prompt of 4 token ids, this one has embeddings"),
+        ],
+    )
+    def test_another_prompt_is_refused(self, ids, message):
+        binding = RoutePlan().for_prompt(self.IDS).prompt
+        binding.check(list(self.IDS))
+        with pytest.raises(RouteError, match=message) as caught:
+            binding.check(ids)
+        assert caught.value.reason == "prompt"
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            *({}, {"tokens": 4}, {"tokens": 4, "digest": 7}, {"tokens": 4, "digest": "xyz"}, [], "x"),
+            *({"tokens": -1, "digest": "0" * 32}, {"tokens": True, "digest": "0" * 32}),
+            {"tokens": 4, "digest": "0" * 32, "speed": 1},
+        ],
+    )
+    def test_a_damaged_binding(self, document):
+        with pytest.raises(RouteError, match="plan prompt"):
+            RoutePlan.from_json({"version": "route-plan/1", "directives": [], "prompt": document})

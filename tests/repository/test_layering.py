@@ -14,6 +14,7 @@ PURE = (
     "errors",
     "shape",
     "directive",
+    "binding",
     "wire",
     "jitter",
     "plan",

@@ -33,6 +33,7 @@ LAYERS = (
     (
         "shape",
         "directive",
+        "binding",
         "wire",
         "jitter",
         "plan",

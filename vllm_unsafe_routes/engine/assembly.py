@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..receipt import RECEIPT_KEY, Receipt, prompt_digest, receipts_document
+from ..binding import prompt_digest
+from ..receipt import RECEIPT_KEY, Receipt, receipts_document
 from .attributes import ANSWER, PARTS, SAMPLES
 
 

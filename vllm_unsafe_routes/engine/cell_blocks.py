@@ -82,8 +82,9 @@ def score_cells(core: Any, admission: Any, items: list[dict[str, Any]]) -> dict[
         return {"error": "a policy is just being put in force; try again", "refused": True}
     try:
         for item in items:
-            Cells.from_wire(item, admission.shape.top_k).check(admission.shape, admission.active.enforced)
-            admission.compiler.compile_text(item["plan"])
+            cells = Cells.from_wire(item, admission.shape.top_k)
+            cells.check(admission.shape, admission.active.enforced)
+            admission.compiler.compile_text(item["plan"]).check_prompt(cells.prompt)
     except RouteError as error:
         return {"error": str(error), "refused": True}
     reserve = reserve_of(core.scheduler, admission.config.score_blocks)

@@ -14,7 +14,7 @@ from ..compiled import CompiledPlan
 from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..extras import KEYS, SCORE_KEY, RouteExtras, ScoreSpec
-from ..plan import parse_plan
+from ..plan import RoutePlan
 from ..policy import ActivePolicy
 from ..wire import PLAN_KEY
 from .answers import current_answer
@@ -90,6 +90,8 @@ class PlanGuard:
         if extras.has_plan:
             compiled = self.compiler.compile_text(extras.plan, extras.delta)
             check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k)
+            ids = request.prompt_token_ids
+            compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])
         ours = extras.to_extra_args()
         params.extra_args = {**{key: value for key, value in params.extra_args.items() if key not in KEYS}, **ours}
 
@@ -133,7 +135,7 @@ def check_prompt_length(compiled: CompiledPlan, num_prompt: int, extras: RouteEx
         return
     listed = [
         (max(item.positions), item.layer)
-        for item in (parse_plan(extras.plan).directives if extras.plan is not None else ())
+        for item in (RoutePlan.from_string(extras.plan).directives if extras.plan is not None else ())
         if not isinstance(item.positions, str)
     ]
     if extras.delta:
