@@ -134,13 +134,7 @@ class RoutePlan:
 
     @classmethod
     def from_routes(
-        cls,
-        ids: Any,
-        weights: Any = None,
-        *,
-        layers: Sequence[int],
-        first_position: int = 0,
-        model: str | None = None,
+        cls, ids: Any, weights: Any = None, *, layers: Sequence[int], first_position: int = 0, model: str | None = None
     ) -> RoutePlan:
         """A plan that replays captured routes, one force per (layer, token).
 
@@ -152,16 +146,7 @@ class RoutePlan:
             model: fingerprint of the model that the routes come from.
 
         """
-        ids = np.asarray(ids)
-        if ids.ndim != 3 or ids.shape[1] != len(layers):
-            raise RouteError(f"routes have shape {list(ids.shape)}, expected [num_tokens, {len(layers)}, top_k]")
-        if weights is not None:
-            weights = np.asarray(weights, dtype=np.float32)
-            if weights.shape != ids.shape:
-                raise RouteError(f"weights have shape {list(weights.shape)}, the routes {list(ids.shape)}")
-        plan = cls(model=model)
-        _force_rows(plan, ids, weights, layers, first_position)
-        return plan
+        return _force_rows(cls(model=model), ids, weights, layers, first_position)
 
     @classmethod
     def from_routed_experts(
@@ -186,9 +171,7 @@ class RoutePlan:
 
         """
         ids, start = routed_experts.read(value, shape, form, num_tokens=num_tokens, start=first_position)
-        plan = cls(weights, shape.fingerprint)
-        _force_rows(plan, ids, None, shape.moe_layers, start)
-        return plan
+        return _force_rows(cls(weights, shape.fingerprint), ids, None, shape.moe_layers, start)
 
     @property
     def digest(self) -> str:
@@ -248,8 +231,15 @@ class RoutePlan:
         return f"RoutePlan({len(self)} directives, weights={self.weights!r}, digest={self.digest})"
 
 
-def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], first_position: int) -> None:
-    """One force for each (layer, token) of [num_tokens, num_moe_layers, top_k]; rows of -1 are left out."""
+def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], first_position: int) -> RoutePlan:
+    """One force for each (layer, token) of [num_tokens, num_moe_layers, top_k]; rows of -1 are left out. Returns the plan."""
+    ids = np.asarray(ids)
+    if ids.ndim != 3 or ids.shape[1] != len(layers):
+        raise RouteError(f"routes have shape {list(ids.shape)}, expected [num_tokens, {len(layers)}, top_k]")
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float32)
+        if weights.shape != ids.shape:
+            raise RouteError(f"weights have shape {list(weights.shape)}, the routes {list(ids.shape)}")
     for slot, layer in enumerate(layers):
         for token in np.flatnonzero((ids[:, slot] >= 0).all(axis=-1)).tolist():
             plan.force(
@@ -258,3 +248,4 @@ def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], 
                 ids[token, slot].tolist(),
                 None if weights is None else weights[token, slot].tolist(),
             )
+    return plan
