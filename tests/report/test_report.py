@@ -385,6 +385,13 @@ class TestWhatItIsAbout:
             "no attack, judged by mute@m": ("mute@m", None, 1),
         }
 
+    def test_further_judges_have_rows_in_a_matrix(self, tmp_path):
+        record = {"type": "matrix", "attack": "fsour-adaptive", "defence": "none", "prompt": "q-1", "category": "c", "seed": 0}
+        record |= judged(False) | {"others": {"mild@m": {"success": True, "score": 1.0}}}
+        (table,) = numbers(campaign(tmp_path / "run", {"command": "evaluate", "seeds": [0]}, {("x",): record}))["matrix"]
+        assert table["attack_labels"] == ["F-SOUR, adaptive", "F-SOUR, adaptive, judged by mild@m"]
+        assert [row[0]["value"] for row in table["cells"]] == [0.0, 1.0]
+
     def test_a_later_verdict_replaces_the_error(self, tmp_path):
         record = {"type": "answer", "attack": "none", "prompt": "q-1", "category": "c"}
         records = {("none", "q-1"): record | judged(None), ("none", "q-1", "again", 0): record | judged(True)}

@@ -33,6 +33,8 @@ NAMES = {
 }
 # Kinds of prompts that utility is measured on.
 KINDS = {"benign": "harmless", "category": "harmless, but looks forbidden"}
+# Between an attack and a further judge, as summaries write it.
+_BY = " by "
 CONTROLS = ("random-layers", "random-masks")
 FSOUR_BASELINES = ("fsour-paper", "fsour-code")
 
@@ -198,9 +200,13 @@ def matrices(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Attack against defence, one table for each run that has `matrix` records."""
     tables = []
     for run in runs:
-        cells: dict[tuple[str, str], list[Matrix]] = {}
+        cells: dict[tuple[str, str], list[tuple[summary.Row, Judged | Opinion]]] = {}
         for record in run.records(Matrix):
-            cells.setdefault((record.attack, record.defence), []).append(record)
+            said: dict[str, Judged | Opinion] = {record.attack: record}
+            said |= {f"{record.attack}{_BY}{judge}": opinion for judge, opinion in (record.others or {}).items()}
+            for name, judged in said.items():
+                row_of = record.prompt, record.seed, judged.success
+                cells.setdefault((name, record.defence), []).append((row_of, judged))
         if not cells:
             continue
         attacks = _in_order((attack for attack, _ in cells), list(NAMES))
@@ -213,11 +219,9 @@ def matrices(runs: Iterable[Run]) -> list[dict[str, Any]]:
                 if found is None:
                     row.append(None)
                     continue
-                triples = [(record.prompt, record.seed, record.success) for record in found]
-                kinds = Counter(error_kind(record) for record in found if record.success is None)
-                row.append(
-                    rate(triples, f"run {run.name}, {attack} against {defence}") | {"error_kinds": dict(kinds.most_common())}
-                )
+                kinds = Counter(error_kind(judged) for _, judged in found if judged.success is None)
+                figures = rate([triple for triple, _ in found], f"run {run.name}, {attack} against {defence}")
+                row.append(figures | {"error_kinds": dict(kinds.most_common())})
             rows.append(row)
         tables.append(
             {
@@ -233,7 +237,10 @@ def matrices(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def matrix_name(run: Run, attack: str) -> str:
-    """A matrix row's name: its number of layers stands behind a slash or in the run's settings."""
+    """A matrix row's name: its number of layers stands behind a slash or in the run's settings, a further judge behind `_BY`."""
+    attack, by, judge = attack.partition(_BY)
+    if by:
+        return f"{matrix_name(run, attack)}, judged by {judge}"
     name, slash, level = attack.partition("/")
     if slash and level.isdigit():
         return name_of(name, int(level))
