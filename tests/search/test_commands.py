@@ -248,9 +248,11 @@ def test_a_cut_off_folder_of_an_earlier_version_goes_on(capsys, tmp_path, shared
     status, _, err = run(capsys, *own, *LAB[:2], "--data", data, *LAB[4:], "--limit", 3, "--max-new-tokens", 32, "--out", folder)
     assert status == 0, err
     assert_same_results(results(old), results(folder))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary, before = (json.loads((path / "summary.json").read_text()) for path in (folder, old))
     del summary["cost"]  # of what was left to do
-    assert summary == json.loads((old / "summary.json").read_text())
+    for found in (summary, before):
+        found.pop("computed_tokens", None)  # of what was left to do, by an engine that computes less of it
+    assert summary == before
 
 
 def test_a_defended_engine_is_attacked_with_what_its_policy_allows(tmp_path):
