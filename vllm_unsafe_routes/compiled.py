@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,14 @@ NO_ROW = -1
 _OBJECT_BYTES, _COLUMN_BYTES = 48, 160
 # The bits of a row's flags word, as `kernels/spec.py` defines them; a test compares the two.
 FLAG_FORCED, FLAG_EXPLICIT_WEIGHTS, FLAG_NATIVE_WEIGHTS = 1, 2, 4
+
+
+def expert_bits(experts: Iterable[int]) -> int:
+    """A set of experts as bits; bit e is expert e."""
+    bits = 0
+    for expert in experts:
+        bits |= 1 << expert
+    return bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class RowLayout:
         flags = FLAG_FORCED | (FLAG_NATIVE_WEIGHTS if native and weights is None else 0)
         if weights is not None:
             flags |= FLAG_EXPLICIT_WEIGHTS
-        allowed = sum(1 << expert for expert in experts)
+        allowed = expert_bits(experts)
         return (
             flags.to_bytes(4, "little")
             + allowed.to_bytes(4 * self.num_words, "little")

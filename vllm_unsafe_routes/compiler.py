@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout
+from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout, expert_bits
 from .directive import Directive
 from .errors import RouteError
 from .plan import RoutePlan
@@ -88,8 +88,8 @@ class PlanCompiler:
         self.layout = RowLayout(shape.num_experts, shape.top_k)
         self._all = (1 << shape.num_experts) - 1
         entries = policy.layers if policy else {}
-        self._banned = [_bits(entries[layer].disabled) if layer in entries else 0 for layer in shape.moe_layers]
-        self._protected = [_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
+        self._banned = [expert_bits(entries[layer].disabled) if layer in entries else 0 for layer in shape.moe_layers]
+        self._protected = [expert_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
         self._memory = _Memory()
         # An engine core compiles in its input thread and looks results up in its main thread.
         self._lock = threading.RLock()
@@ -227,7 +227,7 @@ class PlanCompiler:
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 
     def _apply(self, item: Directive, cell: _Cell, where: object) -> None:
-        bits = _bits(item.experts)
+        bits = expert_bits(item.experts)
         if item.kind == "disable":
             cell.allowed &= ~bits
         elif item.kind == "allow":
@@ -241,20 +241,23 @@ class PlanCompiler:
         """The row of a cell under the policy, None where the plan wants nothing there."""
         if cell.force is None and cell.allowed == self._all:
             return None
-        place = f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
+
+        def place() -> str:
+            return f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
+
         banned, protected, top_k = self._banned[slot], self._protected[slot], self.shape.top_k
-        chosen = cell.allowed if cell.force is None else _bits(cell.force.experts)
+        chosen = cell.allowed if cell.force is None else expert_bits(cell.force.experts)
         if cell.force is not None:
             if chosen & ~cell.allowed:
-                raise RouteError(f"{place}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
+                raise RouteError(f"{place()}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
             if chosen & banned:
                 raise RouteError(
-                    f"{place}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
+                    f"{place()}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
                     "policy",
                 )
         if protected & ~chosen:
             raise RouteError(
-                f"{place}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
+                f"{place()}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
                 "policy",
             )
         if cell.force is not None:
@@ -263,7 +266,7 @@ class PlanCompiler:
         if left.bit_count() < top_k:
             # Enough for a plan alone: then it is the policy that takes the rest away.
             reason = "policy" if cell.allowed.bit_count() >= top_k else "invalid"
-            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
+            raise RouteError(f"{place()}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
         return self.layout.mask_row(left, native)
 
 
@@ -277,10 +280,6 @@ def _check_directive(item: Directive, shape: ModelShape) -> None:
         )
     if item.kind == "force" and len(item.experts) != shape.top_k:
         raise RouteError(f"{_where(item)}: {len(item.experts)} forced experts, exactly top_k {shape.top_k} are needed")
-
-
-def _bits(experts: frozenset[int] | tuple[int, ...]) -> int:
-    return sum(1 << expert for expert in experts)
 
 
 def _lowest(bits: int) -> int:
