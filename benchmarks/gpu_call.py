@@ -82,6 +82,13 @@ CALLS = {
     # How fast cells are: eager engines start soonest, and nothing of a search replays a graph.
     "cells": (Part(100, "search_speed.py", "--models olmoe --mode eager --rounds 2"),),
     "cells-latent": (Part(100, "search_speed.py", "--models deepseek_v2_lite --mode eager --rounds 2"),),
+    # What was still open on 26 November 2026: the mended kernel, serving without the eager engine, cells.
+    "rest": (
+        Part(50, "routes_exact.py", "--jobs 2 --only kernels,identity"),
+        Part(88, "kernel_speed.py", f"--only {SHAPES}"),
+        Part(165, "serving_cost.py", "--models olmoe --engines routes,policy --rounds 99"),
+        Part(258, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 2"),
+    ),
     "again": (
         Part(125, "routes_exact.py", CHECKS),
         Part(255, "serving_cost.py", "--models olmoe --rounds 99"),

@@ -306,12 +306,17 @@ def trees_table(rows: Rows) -> str:
 
 def main() -> int:
     options = common.parser(__doc__, rounds=9)
+    options.add_argument("--engines", metavar="NAME,…", help="beside stock: routes (idle, plans), policy, eager; default: all")
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
     run = common.run_of(args)
     results, failed = Results(run, "serving_cost"), []
     against = common.lay_out(args.against.resolve(), run.scratch / "against") if args.against else None
-    engines = [name for name in dict.fromkeys(ENGINES.values()) if name != "eager" or (run.on_gpu and run.mode != "eager")]
+    every = list(dict.fromkeys(ENGINES.values()))
+    engines = ["stock", *args.engines.split(",")] if args.engines else every
+    if unknown := set(engines) - set(every):
+        options.error(f"no engine {', '.join(sorted(unknown))}; known are {', '.join(every)}")
+    engines = [name for name in engines if name != "eager" or (run.on_gpu and run.mode != "eager")]
     engines += [f"{name}{AGAINST}" for name in ("routes", "policy") if against]
     for key in run.models:
         subject = subject_of(key, run)
