@@ -241,23 +241,20 @@ class PlanCompiler:
         """The row of a cell under the policy, None where the plan wants nothing there."""
         if cell.force is None and cell.allowed == self._all:
             return None
-
-        def place() -> str:
-            return f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
-
+        place = f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
         banned, protected, top_k = self._banned[slot], self._protected[slot], self.shape.top_k
         chosen = cell.allowed if cell.force is None else expert_bits(cell.force.experts)
         if cell.force is not None:
             if chosen & ~cell.allowed:
-                raise RouteError(f"{place()}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
+                raise RouteError(f"{place}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
             if chosen & banned:
                 raise RouteError(
-                    f"{place()}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
+                    f"{place}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
                     "policy",
                 )
         if protected & ~chosen:
             raise RouteError(
-                f"{place()}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
+                f"{place}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
                 "policy",
             )
         if cell.force is not None:
@@ -266,7 +263,7 @@ class PlanCompiler:
         if left.bit_count() < top_k:
             # Enough for a plan alone: then it is the policy that takes the rest away.
             reason = "policy" if cell.allowed.bit_count() >= top_k else "invalid"
-            raise RouteError(f"{place()}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
+            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
         return self.layout.mask_row(left, native)
 
 
