@@ -203,7 +203,7 @@ def test_a_runner_class_that_nobody_has_read(bind, loaded, monkeypatch):
         bind()
 
 
-# By vLLM's names of quantisation methods; the first has Triton kernels, GPT-OSS's would be monolithic again with them.
+# By names of vLLM's quantisation methods; --moe-backend triton has a monolithic kernel for MXFP4 and none for NVFP4.
 ADVICE = {
     "UnquantizedFusedMoEMethod": "triton",
     "Fp8MoEMethod": "triton",
