@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 from vllm_unsafe_routes.kernels import RouteRows, jitter_triton, route_topk_triton, row_index_triton
+from vllm_unsafe_routes.kernels.spec import RouteWatch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -142,6 +143,7 @@ def route_launch(
         native_ids=meta(num_tokens, top_k) if in_engine else None,
         routes_ids=meta(num_tokens, top_k) if routes else None,
         routes_weights=meta(num_tokens, top_k, dtype=torch.float32) if routes else None,
+        watch=RouteWatch(meta(2), meta(1), meta(1, dtype=torch.int64)) if in_engine else None,
         only_directed=only_directed,
     )
     return route_topk_triton.route_topk_kernel, positional, keywords

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .route_topk_cpu import route_topk_cpu
-from .spec import GatingSpec, RouteRows
+from .spec import GatingSpec, RouteRows, RouteWatch
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INDEX_DTYPES = (torch.int32, torch.int64, torch.uint32)
@@ -35,6 +35,7 @@ def route_topk(
     native_ids: torch.Tensor | None = None,
     routes_ids: torch.Tensor | None = None,
     routes_weights: torch.Tensor | None = None,
+    watch: RouteWatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate a batch of tokens, obeying each token's directive.
 
@@ -52,6 +53,7 @@ def route_topk(
         native_ids: int32 [num_tokens, top_k], with `only_directed`: what the model's own gating picked for each token.
         routes_ids: int32 [num_tokens, top_k]; with `routes_weights`, the routes of all tokens as they are afterwards.
         routes_weights: float32 [num_tokens, top_k].
+        watch: what the Triton kernel notes of this run; on the CPU the caller can see for itself.
 
     Returns:
         `topk_weights` and `topk_ids`.
@@ -84,6 +86,7 @@ def route_topk(
         native_ids,
         routes_ids,
         routes_weights,
+        *(watch or (None,) * 3),
         spec.top_k,
         spec.scoring,
         spec.renormalize,
@@ -163,6 +166,9 @@ def _dispatch(
     native_ids: torch.Tensor | None,
     routes_ids: torch.Tensor | None,
     routes_weights: torch.Tensor | None,
+    watch_step: torch.Tensor | None,
+    watch_mark: torch.Tensor | None,
+    watch_num_nan: torch.Tensor | None,
     top_k: int,
     scoring: str,
     renormalize: bool,
@@ -184,15 +190,19 @@ def _dispatch(
         topk_group,
         group_score,
     )
-    rows = None
+    rows = watch = None
     if flags is not None and allowed is not None and forced_ids is not None and forced_weights is not None:
         rows = RouteRows(flags, allowed, forced_ids, forced_weights, score_bias)
+    if watch_step is not None and watch_mark is not None and watch_num_nan is not None:
+        watch = RouteWatch(watch_step, watch_mark, watch_num_nan)
     arguments = (router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids)
     if uses_triton(router_logits.device):
         from .route_topk_triton import launch
 
-        launch(*arguments, native_ids, routes_ids, routes_weights, only_directed)
+        launch(*arguments, native_ids, routes_ids, routes_weights, watch, only_directed)
     elif router_logits.device.type == "cpu":
+        if watch is not None:
+            raise ValueError("watch needs the Triton kernel")
         if native_ids is not None:
             native_ids.copy_(topk_ids)
         route_topk_cpu(*arguments, only_directed)
@@ -204,7 +214,9 @@ def _dispatch(
 
 
 _route_topk = torch.library.custom_op(
-    "unsafe_routes::route_topk", _dispatch, mutates_args=("topk_weights", "topk_ids", "native_ids", "routes_ids", "routes_weights")
+    "unsafe_routes::route_topk",
+    _dispatch,
+    mutates_args=("topk_weights", "topk_ids", "native_ids", "routes_ids", "routes_weights", "watch_mark", "watch_num_nan"),
 )
 
 

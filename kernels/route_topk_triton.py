@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .spec import FLAG_EXPLICIT_WEIGHTS, FLAG_FORCED, FLAG_NATIVE_WEIGHTS, FLAG_SCORE_BIAS, GatingSpec, RouteRows
+from .spec import FLAG_EXPLICIT_WEIGHTS, FLAG_FORCED, FLAG_NATIVE_WEIGHTS, FLAG_SCORE_BIAS, GatingSpec, RouteRows, RouteWatch
 
 _FORCED = tl.constexpr(FLAG_FORCED)
 _EXPLICIT_WEIGHTS = tl.constexpr(FLAG_EXPLICIT_WEIGHTS)
@@ -203,6 +203,8 @@ def _select(
         "native_ids_ptr",
         "routes_ids_ptr",
         "routes_weights_ptr",
+        "watch_mark_ptr",
+        "watch_num_nan_ptr",
     ],
 )
 def route_topk_kernel(
@@ -225,6 +227,9 @@ def route_topk_kernel(
     routes_ids_ptr,  # int32 [num_tokens, TOP_K]
     routes_weights_ptr,  # float32 [num_tokens, TOP_K]
     stride_routes,
+    watch_step_ptr,  # int32 [2]
+    watch_mark_ptr,  # int32 [1]
+    watch_num_nan_ptr,  # int64 [1]
     routed_scaling_factor,
     num_tokens,
     NUM_EXPERTS: tl.constexpr,
@@ -244,6 +249,7 @@ def route_topk_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_NATIVE: tl.constexpr,
     HAS_ROUTES: tl.constexpr,
+    HAS_WATCH: tl.constexpr,
     ONLY_DIRECTED: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
     DENSE_LOGITS: tl.constexpr,
@@ -257,6 +263,9 @@ def route_topk_kernel(
     ids_at = topk_ids_ptr + token[:, None] * stride_ids + offs_k
     routes_at = token[:, None] * stride_routes + offs_k
 
+    if HAS_WATCH:
+        if tl.program_id(0) == 0:
+            tl.store(watch_mark_ptr, tl.load(watch_step_ptr))
     row = tl.full([BLOCK_TOKENS], -1, tl.int32)
     if HAS_ROWS:
         row = tl.load(row_index_ptr + token, mask=is_token, other=-1)
@@ -287,7 +296,15 @@ def route_topk_kernel(
     # A row's length is known when the kernel is compiled, and how aligned rows are; a stride is not.
     logits_at = logits_ptr + token[:, None] * (NUM_EXPERTS if DENSE_LOGITS else stride_logits)
     mask_lane = is_expert & is_token[:, None]
-    x = _finite(tl.load(logits_at + expert, mask=mask_lane, other=0.0).to(tl.float32))
+    logits = tl.load(logits_at + expert, mask=mask_lane, other=0.0).to(tl.float32)
+    if HAS_WATCH:
+        is_counted = token < tl.load(watch_step_ptr + 1)
+        if ONLY_DIRECTED:
+            is_counted = is_counted & directed
+        num_nan = tl.sum(tl.where(is_counted, tl.max((logits != logits).to(tl.int32), axis=1), 0), axis=0)
+        if num_nan > 0:
+            tl.atomic_add(watch_num_nan_ptr, num_nan.to(tl.int64))
+    x = _finite(logits)
     allowed = is_expert & (token >= 0)[:, None]
     biased = x
     flags = tl.zeros([BLOCK_TOKENS], tl.int32)
@@ -424,6 +441,7 @@ def launch_arguments(
     native_ids: torch.Tensor | None,
     routes_ids: torch.Tensor | None,
     routes_weights: torch.Tensor | None,
+    watch: RouteWatch | None,
     only_directed: bool,
 ) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional and keyword arguments of the launch; tensors without memory serve for compilation alone."""
@@ -450,6 +468,7 @@ def launch_arguments(
         routes_ids,
         routes_weights,
         routes_ids.stride(0) if routes_ids is not None else 0,
+        *(watch or (None,) * 3),
         float(spec.routed_scaling_factor),
         num_tokens,
     )
@@ -460,6 +479,7 @@ def launch_arguments(
         "HAS_PADDING": is_padding is not None,
         "HAS_NATIVE": native_ids is not None,
         "HAS_ROUTES": routes_ids is not None,
+        "HAS_WATCH": watch is not None,
         "ONLY_DIRECTED": only_directed,
         "PACKED_KEYS": _has_packed_keys(router_logits.dtype, spec, correction_bias is not None or score_bias is not None),
         "DENSE_LOGITS": router_logits.stride(0) == spec.num_experts,

@@ -82,6 +82,21 @@ class RouteRows(NamedTuple):
     score_bias: torch.Tensor | None = None
 
 
+class RouteWatch(NamedTuple):
+    """What the kernel writes down of its own runs, graph replays included; for one layer.
+
+    Attributes:
+        step: int32 [2]: number of the forward pass, and its tokens without padding.
+        mark: int32 [1], gets the number.
+        num_nan: int64 [1], grows by the tokens, padding left out, that the kernel routed and whose logits hold a NaN.
+
+    """
+
+    step: torch.Tensor
+    mark: torch.Tensor
+    num_nan: torch.Tensor
+
+
 def pack_allowed(mask: torch.Tensor) -> torch.Tensor:
     """Pack bool [..., num_experts] into int32 words [..., ceil(num_experts / 32)]."""
     num_experts = mask.shape[-1]

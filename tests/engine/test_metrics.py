@@ -72,6 +72,8 @@ def status(active, generation=0, tokens=0, displaced=(0, 0), **more):
     counts = {
         "tokens": {"enforce": tokens, "observe": 0},
         "displaced": {"enforce": list(displaced), "observe": [0, 0]},
+        "missed": [0, tokens],
+        "num_nan": [2, 0],
     }
     plain = dict(refused=0, rows_in_use=2, rows=64, held_requests=1, counts=counts)
     return {"active": active.to_dict(), "policy": active.digest, "generation": generation, **plain, **more}
@@ -87,6 +89,8 @@ def test_states_become_increments(exporter):
     assert sample("tokens_total", mode="observe") is None
     assert sample("displaced_total", mode="enforce", layer="1") == 7
     assert sample("displaced_total", mode="enforce", layer="3") == 1
+    assert [sample("router_misses_total", layer=layer) for layer in "13"] == [0, 25]
+    assert [sample("nan_tokens_total", layer=layer) for layer in "13"] == [2, 0]
     assert sample("policy_info", digest=first.digest, mode="enforce") == 0
     assert sample("policy_info", digest=first.digest, mode="observe") == 1
     assert sample("plans_refused_total", reason="swapped_out") == 2

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.v1_only
 
 
 # The sign of life that README tells users to look for, among vLLM's own lines and in their form.
-BOUND = re.compile(r"INFO [-:.\d ]+\[worker\.py:\d+\] Route control: 4 MoE layers bound \(4 here\), 16 experts, top 4, .*overrides on$")
+BOUND = re.compile(
+    r"INFO [-:.\d ]+\[worker\.py:\d+\] Route control: 4 MoE layers bound \(4 here\), 16 experts, top 4, .*overrides on$"
+)
 
 
 def run(snippet: str, folder: Path, **environment: str) -> list[str]:

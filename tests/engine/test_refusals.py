@@ -301,42 +301,93 @@ def test_the_engine_does_not_start(tiny_model, monkeypatch):
         pass
 
 
-def vllm_config(speculative=None, connector=None, scheduler=None, **parallel):
-    """The parts of a `VllmConfig` that are looked at; `VllmConfig` itself refuses some of these without GPUs."""
+def vllm_config(section=None, **values):
+    """What is looked at of a `VllmConfig`, one section with other values; `VllmConfig` itself refuses some without GPUs."""
     from vllm.config import KVTransferConfig, ParallelConfig
 
-    config = ParallelConfig(worker_cls="vllm.v1.worker.gpu_worker.Worker")
-    for name, value in parallel.items():
-        assert hasattr(config, name)
-        setattr(config, name, value)
-    transfer = KVTransferConfig(kv_connector=connector, kv_role="kv_both") if connector else None
-    return types.SimpleNamespace(
-        parallel_config=config,
-        speculative_config=speculative,
-        kv_transfer_config=transfer,
-        scheduler_config=types.SimpleNamespace(scheduler_cls=scheduler),
+    sections = dict(
+        parallel_config=ParallelConfig(worker_cls="vllm.v1.worker.gpu_worker.Worker", tensor_parallel_size=2),
+        scheduler_config=types.SimpleNamespace(scheduler_cls=None),
+        model_config=types.SimpleNamespace(enable_sleep_mode=False),
+        speculative_config=None,
+        kv_transfer_config=None,
+        lora_config=None,
+        kernel_config=types.SimpleNamespace(),
+        additional_config={},
     )
+    if section == "kv_transfer_config":
+        sections[section] = KVTransferConfig(kv_role="kv_both", **values)
+    elif section == "additional_config":
+        sections[section] = values
+    elif section is not None:
+        sections[section] = sections[section] or types.SimpleNamespace()
+        for name, value in values.items():
+            assert section != "parallel_config" or hasattr(sections[section], name)
+            setattr(sections[section], name, value)
+    return types.SimpleNamespace(**sections)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"data_parallel_size": 2}, "data_parallel_size=2; --data-parallel-size 1"),
-        ({"enable_dbo": True}, "use_ubatching=True; leave out --enable-dbo and --ubatch-size"),
-        ({"ubatch_size": 2}, "use_ubatching=True; leave out --enable-dbo and --ubatch-size"),
-        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2; --prefill-context-parallel-size 1"),
-        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2; --decode-context-parallel-size 1"),
-        ({"speculative": object()}, "speculative decoding; leave out --speculative-config"),
-        ({"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"}, "worker_cls=vllm.v1.worker.xpu_worker.XPUWorker; known are vllm"),
-        ({"scheduler": "mine.Scheduler"}, "scheduler_cls=mine.Scheduler; known are vllm.v1.core.sched.scheduler.Scheduler, vllm"),
-        ({"connector": "ExampleConnector"}, "the KV connector ExampleConnector, .*leave out --kv-transfer-config"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_settings_under_which_routes_cannot_be_kept_apart(settings, message):
-    check_supported(vllm_config(tensor_parallel_size=2, pipeline_parallel_size=2, ubatch_size=1))
-    with pytest.raises(RouteError, match=f"route control does not (support|know) {message}"):
-        check_supported(vllm_config(**settings))
+PARALLEL, SCHEDULER, DRAFTS, TRANSFER = "parallel_config", "scheduler_config", "speculative_config", "kv_transfer_config"
+# Row of the table in docs/integration.md -> a config that asks for it, whether a policy can be kept, what the refusal says.
+ASKED = {
+    "data parallel": (PARALLEL, {"data_parallel_size": 2}, False, "data_parallel_size=2: status, counts .* one server per replica"),
+    "microbatching": (PARALLEL, {"ubatch_size": 2}, False, "use_ubatching=True: .* leave out --enable-dbo and --ubatch-size"),
+    "prefill context parallel": (PARALLEL, {"prefill_context_parallel_size": 2}, False, "prefill_context_parallel_size=2: the"),
+    "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, True, "decode_context_parallel_size=2: it leaves"),
+    "speculation": (DRAFTS, {"rejection_sample_method": "block"}, True, "=block: drafts that are rejected would be counted"),
+    "speculation with relaxed acceptance": (DRAFTS, {"rejection_sample_method": "fly"}, False, "rejection_sample_method=fly: dra"),
+    "KV offloading by block hash": (TRANSFER, {"kv_connector": "OffloadingConnector"}, True, "kv_connector=OffloadingConnector: "),
+    "other KV connectors": (TRANSFER, {"kv_connector": "ExampleConnector"}, False, "ExampleConnector: .*leave out --kv-transfer"),
+    "monokernel": ("kernel_config", {"monokernel": True}, False, "monokernel=True: its decode kernels pick experts inside them"),
+    "decode kernels of Kimi-K3 and DeepSeek-V4.1": (
+        "additional_config",
+        {"decode_backend": "latency_specialized"},
+        False,
+        r"additional_config\['decode_backend'\]=latency_specialized: its decode kernels pick experts inside themselves",
+    ),
+    "another worker class": (
+        PARALLEL,
+        {"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"},
+        False,
+        "XPUWorker: .* known are vllm",
+    ),
+    "another scheduler class": (
+        SCHEDULER,
+        {"scheduler_cls": "mine.Scheduler"},
+        False,
+        "Scheduler: .* known are vllm.v1.core.sched",
+    ),
+    "LoRA": ("lora_config", {}, True, None),
+    "sleep and wake": ("model_config", {"enable_sleep_mode": True}, True, None),
+    "expert-parallel load balancing": (PARALLEL, {"enable_eplb": True}, True, None),
+    "native routed experts": ("aux_output_config", {"enable_return_routed_experts": True}, True, None),
+}
+POLICY_ONLY = RouteConfig.from_dict({"policy": {"version": "route-policy/1", "layers": {}}})
+PLANS = RouteConfig.from_dict({"allow_overrides": True})
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_features_under_which_a_policy_or_plans_cannot_be_kept(name):
+    section, values, keeps_policy, message = ASKED[name]
+    if section == "aux_output_config":
+        asked = vllm_config()
+        asked.aux_output_config = types.SimpleNamespace(**values)
+    else:
+        asked = vllm_config(section, **values)
+    for config, is_kept in ((POLICY_ONLY, keeps_policy), (PLANS, message is None)):
+        if is_kept:
+            check_supported(asked, config)
+        else:
+            with pytest.raises(RouteError, match=f"route (control|plans) .*{message}"):
+                check_supported(asked, config)
+
+
+def test_every_feature_has_its_case_and_nothing_else_is_asked_for():
+    from vllm_unsafe_routes.engine.supported import FEATURES
+
+    assert sorted(feature.name for feature in FEATURES) == sorted([*ASKED, "front end in Rust"])
+    check_supported(vllm_config(PARALLEL, pipeline_parallel_size=2, ubatch_size=1), PLANS)
+    check_supported(vllm_config("additional_config", decode_backend="auto"), PLANS)
 
 
 @pytest.mark.parametrize("routes", [{"allow_overrides": True}, {}, None], ids=["asked for", "nothing in it", "not asked for"])
@@ -350,7 +401,7 @@ def test_the_check_runs_when_a_config_is_made(routes, tiny_model):
         additional_config={} if routes is None else {CONFIG_KEY: routes},
     )
     if routes:
-        with pytest.raises(RouteError, match="speculative decoding"):
+        with pytest.raises(RouteError, match="rejection_sample_method=standard: drafts that are rejected"):
             arguments.create_engine_config()
     else:
         assert arguments.create_engine_config().speculative_config is not None
@@ -473,4 +524,4 @@ def test_other_people_s_keys_are_left_alone(key):
 def test_a_front_end_without_the_plugin_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(RouteError, match="route control does not support VLLM_USE_RUST_FRONTEND"):
-        check_supported(vllm_config())
+        check_supported(vllm_config(), POLICY_ONLY)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import WEIGHT_TOLERANCE, Case, loop, make_case, random_rows
 from vllm_unsafe_routes.kernels import GatingSpec, route_topk, route_topk_reference
 from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu, route_topk_cpu
-from vllm_unsafe_routes.kernels.spec import FLAG_NATIVE_WEIGHTS, RouteRows, pack_allowed, unpack_allowed
+from vllm_unsafe_routes.kernels.spec import FLAG_NATIVE_WEIGHTS, RouteRows, RouteWatch, pack_allowed, unpack_allowed
 
 SENTINEL_ID, SENTINEL_WEIGHT = 77777, 12345.0
 
@@ -167,6 +167,22 @@ def test_one_launch_keeps_native_picks_reports_routes_and_leaves_padding_alone(k
     assert ids.tolist() == routes.tolist() == expected.tolist()
     assert (ids[case.is_padding] == -1).all() and (weights[case.is_padding] == 0).all()
     assert used.tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize("only_directed", [False, True])
+def test_the_kernel_notes_that_it_ran_and_which_tokens_hold_a_nan(only_directed):
+    case = make_case(6, MODELS["olmoe"], num_tokens=8, directives="all")
+    case.row_index[0] = -1
+    case.logits[[0, 2, 2, 7], [3, 0, 63, 9]] = NAN
+    marks, num_nan = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    outputs = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int32)
+    for number, num_tokens in ((5, 8), (6, 7), (7, 0)):  # the last token pads the second batch; the third is a dummy
+        watch = RouteWatch(torch.tensor([number, num_tokens], dtype=torch.int32), marks[1:2], num_nan[1:2])
+        options = dict(topk_weights=outputs[0], topk_ids=outputs[1], only_directed=only_directed)
+        route_topk(case.logits, case.row_index, case.rows, case.spec, **options, watch=watch)
+        assert marks.tolist() == [0, number, 0, 0]
+    # Of the first token nothing is read if it has no directive.
+    assert num_nan.tolist() == [0, 3 if only_directed else 5, 0, 0]
 
 
 def special(values, spec, rows=None, row_index=None, bias=None):

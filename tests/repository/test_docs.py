@@ -14,6 +14,7 @@ from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, R
 from vllm_unsafe_routes.cli import make_parser
 from vllm_unsafe_routes.compiled import RowLayout
 from vllm_unsafe_routes.compiler import PlanCompiler
+from vllm_unsafe_routes.engine.supported import FEATURES
 from vllm_unsafe_routes.engine.symbols import SYMBOLS
 from vllm_unsafe_routes.extras import RouteExtras
 
@@ -169,6 +170,18 @@ def test_the_table_of_symbols_is_the_list_of_symbols():
     text = (ROOT / "docs" / "integration.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(vllm\.[\w.]+)` \| (.*) \|$", text, re.MULTILINE)
     assert rows == [(f"{symbol.module}.{symbol.path}", symbol.why) for symbol in SYMBOLS]
+
+
+def test_the_table_of_features_is_what_is_supported():
+    text = (
+        (ROOT / "docs" / "integration.md").read_text(encoding="utf-8").partition("\n## Features of vLLM\n")[2].partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| ([^|]+?) \| (yes|no) \| (yes|no) \| ", text, re.MULTILINE)
+    assert rows == [(one.name, *("yes" if why is None else "no" for why in (one.policy, one.plans))) for one in FEATURES]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "engine").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 4
+    assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -62,13 +62,20 @@ DISPLACED = Metric(
     ("mode", "layer"),
     "Experts that the model's own gating picked and the policy bans, of tokens that no plan forces.",
 )
+MISSED = Metric(
+    _PREFIX + "router_misses_total",
+    Counter,
+    ("layer",),
+    "Forward passes that did not ask the router of a MoE layer that is under control. Should be 0.",
+)
+NUM_NAN = Metric(_PREFIX + "nan_tokens_total", Counter, ("layer",), "Tokens whose router logits held a NaN. Should be 0.")
 ACCEPTED = Metric(_PREFIX + "plans_accepted_total", Counter, (), "Requests with a route plan that were accepted.")
 REFUSED = Metric(_PREFIX + "plans_refused_total", Counter, ("reason",), "Requests whose route plan was refused.")
 SWAPS = Metric(_PREFIX + "policy_swaps_total", Counter, (), "Route policies that were put in force without a restart.")
 ROWS_USED = Metric(_PREFIX + "table_rows_in_use", Gauge, (), "Rows of the route table that hold a directive.")
 ROWS = Metric(_PREFIX + "table_rows", Gauge, (), "Rows that the route table has.")
 HELD = Metric(_PREFIX + "held_requests", Gauge, (), "Requests that wait for room in the route table.")
-METRICS = (POLICY, TOKENS, DISPLACED, ACCEPTED, REFUSED, SWAPS, ROWS_USED, ROWS, HELD)
+METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, ROWS_USED, ROWS, HELD)
 # A plan that the engine accepted and ended later, because a policy that was swapped in does not permit it.
 _SWAPPED_OUT = "swapped_out"
 
@@ -122,6 +129,9 @@ class Exporter:
         counts = status["counts"]
         if counts is None:
             return
+        for metric, key in ((MISSED, "missed"), (NUM_NAN, "num_nan")):
+            for layer, value in zip(self.layers, counts[key], strict=True):
+                self._count(metric, value, layer)
         for mode in POLICY_MODES:
             if not counts["tokens"][mode]:
                 continue

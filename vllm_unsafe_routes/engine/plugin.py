@@ -14,6 +14,8 @@ import weakref
 from typing import Any
 
 OFF_SWITCH = "VLLM_UNSAFE_ROUTES_DISABLE"
+# Tokens of the longer one of two steps that are checked after warm-up; the other is a decode step.
+_CHECKED_TOKENS = 64
 _MARK = "__unsafe_routes_wrapped__"
 # The engine core's input thread and its own may both be the first to ask for the admission.
 _admission_lock = threading.Lock()
@@ -115,7 +117,7 @@ def _create_engine_config(own: Any) -> Any:
         vllm_config = own(self, *args, **kwargs)
         if config.enabled:
             config.compiler(model_shape(vllm_config))
-            check_supported(vllm_config)
+            check_supported(vllm_config, config)
         return vllm_config
 
     return create_engine_config
@@ -389,8 +391,23 @@ def _load_model(own: Any) -> Any:
 
             controller = RouteController(self.vllm_config, config, self.model_runner.get_model(), self.device)
             setattr(self.model_runner, CONTROLLER, controller)
+            _check_after_warm_up(self, controller)
 
     return load_model
+
+
+def _check_after_warm_up(worker: Any, controller: Any) -> None:
+    """Replace the worker's warm-up by one that ends with a check; on the instance, because the CPU worker has its own."""
+    own = worker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model() -> Any:
+        times = own()
+        num_tokens = min(_CHECKED_TOKENS, worker.scheduler_config.max_num_batched_tokens)
+        controller.check_forward(worker.execute_dummy_batch)
+        controller.check_forward(lambda: worker.model_runner._dummy_run(num_tokens, skip_eplb=True))
+        return times
+
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 def _execute_model(own: Any) -> Any:

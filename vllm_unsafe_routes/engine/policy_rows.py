@@ -13,6 +13,7 @@ from ..compiled import NO_ROW
 from ..compiler import PlanCompiler
 from ..policy import ActivePolicy
 from ..shape import ModelShape
+from .config import RouteConfig
 from .device_table import DeviceTable
 from .router import LayerBinding
 from .row_index import RowIndex
@@ -22,6 +23,7 @@ class PolicyRows:
     """What the active policy asks of each layer.
 
     Args:
+        config: the engine's route settings.
         shape: the model.
         bindings: its bound layers, by MoE slot.
         table: the route table.
@@ -35,7 +37,15 @@ class PolicyRows:
 
     """
 
-    def __init__(self, shape: ModelShape, bindings: Mapping[int, LayerBinding], table: DeviceTable, index: RowIndex) -> None:
+    def __init__(
+        self,
+        config: RouteConfig,
+        shape: ModelShape,
+        bindings: Mapping[int, LayerBinding],
+        table: DeviceTable,
+        index: RowIndex,
+    ) -> None:
+        self._config = config
         self._shape = shape
         self._bindings = bindings
         self._table = table
@@ -50,11 +60,11 @@ class PolicyRows:
         """Whether the policy changes any route."""
         return bool(self._contents)
 
-    def start(self, active: ActivePolicy, compiler: PlanCompiler) -> None:
-        """Put another policy's rows in the place of the present ones; `compiler` compiles under it."""
+    def start(self, active: ActivePolicy) -> None:
+        """Put another policy's rows in the place of the present ones."""
         self._table.release(self._contents)
-        self.compiler = compiler
-        contents = compiler.policy_rows()
+        self.compiler = self._config.compiler(self._shape, active)
+        contents = self.compiler.policy_rows()
         self._contents = [content for content in contents if content is not None]
         self.row_of = np.full(len(contents), NO_ROW, np.int32)
         for slot, content in enumerate(contents):

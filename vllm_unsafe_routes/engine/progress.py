@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,24 @@ COUNTS_ATTRIBUTE = "unsafe_routes_counts"
 
 @dataclass(frozen=True, slots=True)
 class RouteCounts:
-    """What a worker has counted since it started, by policy mode.
+    """What a worker has counted since it started.
 
     Attributes:
-        tokens: tokens computed under a policy.
-        displaced: per MoE layer, picks of the model's own gating that the policy bans, of tokens that no plan forces.
+        tokens: by policy mode, tokens computed under a policy.
+        displaced: by policy mode and MoE layer, picks of the model's own gating that the policy bans; forced tokens left out.
+        missed: by MoE layer, forward passes in which its router was not called.
+        num_nan: by MoE layer, tokens whose router logits held a NaN.
 
     """
 
     tokens: dict[str, int]
     displaced: dict[str, list[int]]
+    missed: list[int]
+    num_nan: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the front end."""
-        return {"tokens": self.tokens, "displaced": self.displaced}
+        return asdict(self)
 
 
 @dataclass(slots=True)

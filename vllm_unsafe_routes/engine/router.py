@@ -26,13 +26,13 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_unsafe_routes.kernels.route_topk import route_topk
 from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu
-from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, unpack_allowed
+from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, RouteWatch, unpack_allowed
 
 from ..errors import RouteError
 from ..shape import ModelShape
 from .backends import modular_backends
 
-_OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
+OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
 # Classes whose own gating leaves padded tokens out (ids -1) if vLLM says which these are.
 _SKIP_PADDING = (FusedTopKRouter, FusedTopKBiasRouter)
 # MoE layers whose every path to the experts was read: it asks the router. The classes are named, because two of their modules
@@ -176,6 +176,7 @@ class Routing(NamedTuple):
         native_ids: int32 [num_tokens, top_k] or None: gets the picks of the model's own gating.
         route_ids: int32 [num_tokens, top_k] or None: gets the routes as they are afterwards.
         route_weights: float32 [num_tokens, top_k] or None, with `route_ids`.
+        watch: what the route kernel notes of its run, None on the CPU.
 
     """
 
@@ -186,6 +187,7 @@ class Routing(NamedTuple):
     native_ids: torch.Tensor | None = None
     route_ids: torch.Tensor | None = None
     route_weights: torch.Tensor | None = None
+    watch: RouteWatch | None = None
 
     def keep_native(self) -> None:
         """Write `native_ids`, before anything is directed."""
@@ -197,6 +199,11 @@ class Routing(NamedTuple):
         if self.route_ids is not None and self.route_weights is not None:
             self.route_ids.copy_(self.topk_ids)
             self.route_weights.copy_(self.topk_weights)
+
+    def leave_mark(self) -> None:
+        """Do as the route kernel does where it is not launched."""
+        if self.watch is not None:
+            self.watch.mark.copy_(self.watch.step[:1])
 
 
 class LayerBinding:
@@ -234,6 +241,7 @@ class LayerBinding:
         if spec is None:
             routing.keep_native()
             self._direct_generic(routing, row_index, rows)
+            routing.leave_mark()
             routing.keep_routes()
             return
         if self.fused:
@@ -251,6 +259,7 @@ class LayerBinding:
             native_ids=None if self.fused else routing.native_ids,
             routes_ids=routing.route_ids,
             routes_weights=routing.route_weights,
+            watch=routing.watch,
         )
 
     def mask(self, routing: Routing, banned: torch.Tensor, native_weights: bool) -> None:
@@ -272,6 +281,7 @@ class LayerBinding:
         """Direct nothing; only keep what is wanted."""
         routing.keep_native()
         routing.keep_routes()
+        routing.leave_mark()
 
     @property
     def has_mask_path(self) -> bool:
@@ -385,12 +395,12 @@ def bind_routers(model: torch.nn.Module, shape: ModelShape, hooks: RouterHooks, 
             if slot in bindings:
                 raise RouteError("the layer has a second router")
         except RouteError as error:
-            raise RouteError(f"MoE layer {layer} ({name}): {error}; {_OFF_HELP}") from None
+            raise RouteError(f"MoE layer {layer} ({name}): {error}; {OFF_HELP}") from None
         binding = bindings[slot] = LayerBinding(runner.router, gating, hooks.fused)
         _wrap_compute_routing(runner.router, binding, slot, hooks)
     missing = [layer for layer in shape.moe_layers if layer in layers and shape.slot_of_layer[layer] not in bindings]
     if missing:
-        raise RouteError(f"MoE layer {missing[0]} has no router that could be found in {type(model).__name__}; {_OFF_HELP}")
+        raise RouteError(f"MoE layer {missing[0]} has no router that could be found in {type(model).__name__}; {OFF_HELP}")
     return bindings
 
 

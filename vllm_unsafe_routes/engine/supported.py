@@ -1,54 +1,171 @@
-"""Which of vLLM's settings route control can serve under; the others are refused by name at start."""
+"""Which of vLLM's features route control can serve under, policies and plans apart; the others are refused by name at start.
+
+A policy is constant: each layer bans the same experts for every token, whosesoever it is. Plans hold where the tokens that a router
+sees can be told apart. docs/integration.md has the same table with the proofs; a test compares the two.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from vllm import envs
-
 from ..errors import RouteError
+from .config import RouteConfig
 
-# What runs through vLLM paths where a router may see other tokens than the step's own, in the order of the step.
-_UNSUPPORTED = (
-    ("data_parallel_size", 1, "--data-parallel-size 1 (run one server per replica)"),
-    ("use_ubatching", False, "leave out --enable-dbo and --ubatch-size"),
-    ("prefill_context_parallel_size", 1, "--prefill-context-parallel-size 1"),
-    ("decode_context_parallel_size", 1, "--decode-context-parallel-size 1"),
-)
-
-
+# Those accept a draft only where the target's own distribution does.
+_STRICT_VERIFICATION = ("standard", "block")
+# Those key KV by vLLM's block hashes, which hold the policy's digest and the plan's directives.
+_KEYED_BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 # The wrappers of `symbols.py` sit in the methods of these; another class may never call them and would route nothing.
 _WORKERS = ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
 _SCHEDULERS = (None, "vllm.v1.core.sched.scheduler.Scheduler", "vllm.v1.core.sched.async_scheduler.AsyncScheduler")
 
 
-def check_supported(vllm_config: Any) -> None:
-    """Refuse settings under which routes could not be kept exactly apart.
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature of vLLM that may stand in the way.
 
-    Raises:
-        RouteError: names the setting, its value and what helps.
+    Attributes:
+        name: as docs/integration.md has it.
+        asked: how a `VllmConfig` asks for it, as a user would write it; None: it does not.
+        policy: why no policy can be enforced beside it; None: it can.
+        plans: why no request can bring a plan; None: it can.
 
     """
-    parallel = vllm_config.parallel_config
-    for name, wanted, help_text in _UNSUPPORTED:
-        value = getattr(parallel, name, wanted)
-        if value != wanted:
-            raise RouteError(f"route control does not support {name}={value}; {help_text}")
-    if envs.VLLM_USE_RUST_FRONTEND:
-        # It is another program: there is nobody in it who would check a plan or put a receipt together.
-        raise RouteError("route control does not support VLLM_USE_RUST_FRONTEND=1; leave it unset")
-    if vllm_config.speculative_config is not None:
-        raise RouteError("route control does not support speculative decoding; leave out --speculative-config")
-    for name, known, value in (
-        ("worker_cls", _WORKERS, parallel.worker_cls),
-        ("scheduler_cls", _SCHEDULERS, vllm_config.scheduler_config.scheduler_cls),
-    ):
-        if value not in known:
-            raise RouteError(f"route control does not know {name}={value}; known are {', '.join(filter(None, known))}")
-    connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
-    if connector is not None:
-        # Connectors key KV by tokens or by request: they would hand one request's routes to another.
-        raise RouteError(
-            f"route control does not support the KV connector {connector}, which does not know routes; "
-            "leave out --kv-transfer-config and --kv-offloading-size"
-        )
+
+    name: str
+    asked: Callable[[Any], str | None]
+    policy: str | None
+    plans: str | None
+
+
+def _is_set(part: str, field: str, unset: Any = False) -> Callable[[Any], str | None]:
+    def asked(vllm_config: Any) -> str | None:
+        value = getattr(getattr(vllm_config, part, None), field, unset)
+        return None if value == unset else f"{field}={value}"
+
+    return asked
+
+
+def _is_one_of(part: str, field: str, known: tuple[str | None, ...], wanted: bool = True) -> Callable[[Any], str | None]:
+    """Asked for with a value that is known, or with `wanted` false one that is not."""
+
+    def asked(vllm_config: Any) -> str | None:
+        section = getattr(vllm_config, part, None)
+        value = getattr(section, field, None)
+        return f"{field}={value}" if section is not None and (value in known) == wanted else None
+
+    return asked
+
+
+def _other_connector(vllm_config: Any) -> str | None:
+    name = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
+    return None if name is None or name in _KEYED_BY_BLOCK_HASH else f"kv_connector={name}"
+
+
+def _specialized_decode(vllm_config: Any) -> str | None:
+    settings = vllm_config.additional_config
+    name = settings.get("decode_backend") if isinstance(settings, Mapping) else None
+    return f"additional_config['decode_backend']={name}" if name == "latency_specialized" else None
+
+
+def _rust_front_end(vllm_config: Any) -> str | None:
+    from vllm import envs
+
+    return "VLLM_USE_RUST_FRONTEND=1" if envs.VLLM_USE_RUST_FRONTEND else None
+
+
+_PICKS_INSIDE = "its decode kernels pick experts inside themselves"
+_NOT_APART = "a router may see tokens of other ranks"
+FEATURES = (
+    Feature("decode kernels of Kimi-K3 and DeepSeek-V4.1", _specialized_decode, _PICKS_INSIDE, _PICKS_INSIDE),
+    Feature("monokernel", _is_set("kernel_config", "monokernel"), _PICKS_INSIDE, _PICKS_INSIDE),
+    Feature(
+        "data parallel",
+        _is_set("parallel_config", "data_parallel_size", 1),
+        "status, counts and policy swaps reach one engine core of several; run one server per replica",
+        _NOT_APART,
+    ),
+    Feature(
+        "microbatching",
+        _is_set("parallel_config", "use_ubatching"),
+        "the halves of a step overwrite each other's counts; leave out --enable-dbo and --ubatch-size",
+        "the halves of a step cannot be told apart; leave out --enable-dbo and --ubatch-size",
+    ),
+    Feature(
+        "prefill context parallel",
+        _is_set("parallel_config", "prefill_context_parallel_size", 1),
+        "the tokens that a router sees are gathered from all ranks, which nobody has tried",
+        _NOT_APART,
+    ),
+    Feature(
+        "decode context parallel",
+        _is_set("parallel_config", "decode_context_parallel_size", 1),
+        None,
+        "it leaves routing alone, but nobody has tried plans with it",
+    ),
+    Feature(
+        "speculation with relaxed acceptance",
+        _is_one_of("speculative_config", "rejection_sample_method", _STRICT_VERIFICATION, wanted=False),
+        f"drafts are accepted that the target's routes would not give; rejection_sample_method is one of {_STRICT_VERIFICATION}",
+        "drafts are accepted that the target's routes would not give",
+    ),
+    Feature(
+        "speculation",
+        _is_one_of("speculative_config", "rejection_sample_method", _STRICT_VERIFICATION),
+        None,
+        "drafts that are rejected would be counted and returned as routes; leave out --speculative-config",
+    ),
+    Feature(
+        "KV offloading by block hash",
+        _is_one_of("kv_transfer_config", "kv_connector", _KEYED_BY_BLOCK_HASH),
+        None,
+        "routes of blocks that are loaded would be missing from what return_routes gives; leave out --kv-transfer-config",
+    ),
+    Feature(
+        "other KV connectors",
+        _other_connector,
+        "it keys KV by tokens or by request and would hand on what another policy computed; leave out --kv-transfer-config",
+        "it keys KV by tokens or by request and would hand one request's routes to another; leave out --kv-transfer-config",
+    ),
+    Feature("LoRA", lambda vllm_config: None if vllm_config.lora_config is None else "enable_lora=True", None, None),
+    Feature("sleep and wake", _is_set("model_config", "enable_sleep_mode"), None, None),
+    Feature("expert-parallel load balancing", _is_set("parallel_config", "enable_eplb"), None, None),
+    Feature("native routed experts", _is_set("aux_output_config", "enable_return_routed_experts"), None, None),
+    Feature(
+        "front end in Rust",
+        _rust_front_end,
+        "nobody in it would check a plan or put a receipt together; leave it unset",
+        "nobody in it would check a plan or put a receipt together; leave it unset",
+    ),
+    Feature(
+        "another worker class",
+        _is_one_of("parallel_config", "worker_cls", _WORKERS, wanted=False),
+        f"it may never call what is wrapped; known are {', '.join(_WORKERS)}",
+        "it may never call what is wrapped",
+    ),
+    Feature(
+        "another scheduler class",
+        _is_one_of("scheduler_config", "scheduler_cls", _SCHEDULERS, wanted=False),
+        f"it may never call what is wrapped; known are {', '.join(filter(None, _SCHEDULERS))}",
+        "it may never call what is wrapped",
+    ),
+)
+
+
+def check_supported(vllm_config: Any, config: RouteConfig) -> None:
+    """Refuse what a policy, or plans where they are on, cannot be kept under.
+
+    Raises:
+        RouteError: names the setting, its value and the reason.
+
+    """
+    for feature in FEATURES:
+        asked = feature.asked(vllm_config)
+        if asked is None:
+            continue
+        if feature.policy is not None:
+            raise RouteError(f"route control does not support {asked}: {feature.policy}")
+        if feature.plans is not None and config.allow_overrides:
+            raise RouteError(f"route plans (--enable-route-overrides) cannot be kept under {asked}: {feature.plans}")

@@ -18,7 +18,7 @@ engine ends itself, still paused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -178,11 +178,14 @@ def _merged(counts: list[RouteCounts]) -> RouteCounts:
     first = counts[0]
     return RouteCounts(
         {mode: max(item.tokens[mode] for item in counts) for mode in first.tokens},
-        {
-            mode: [max(values) for values in zip(*(item.displaced[mode] for item in counts), strict=True)]
-            for mode in first.displaced
-        },
+        {mode: _largest(item.displaced[mode] for item in counts) for mode in first.displaced},
+        _largest(item.missed for item in counts),
+        _largest(item.num_nan for item in counts),
     )
+
+
+def _largest(of_ranks: Iterable[list[int]]) -> list[int]:
+    return [max(values) for values in zip(*of_ranks, strict=True)]
 
 
 def deliver_refusal(core: Any, active: ActivePolicy, request: Any, message: str) -> None:

@@ -7,7 +7,7 @@ called: an engine without noise, overrides or a policy has no such feature, and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .config import RouteConfig, model_shape
 from .counts import PolicyCounts
 from .cpu_shared_rows import SharedRows, can_share_rows
 from .device_table import DeviceTable
+from .gates import warn_of_gates
 from .jitter import LogitJitter
 from .log import logger_of
 from .policy_rows import PolicyRows
@@ -30,7 +31,9 @@ from .router import RouterHooks, RouterState, Routing, bind_routers, controllers
 from .row_index import RowIndex
 from .scoring import Scoring
 from .step import NO_PLAN_SLOT, NO_STEP, Requests, Resident
+from .sums import DeviceSums
 from .supported import check_supported
+from .watch import Watch
 
 logger = logger_of(__name__)
 
@@ -60,8 +63,7 @@ class RouteController:
     """
 
     def __init__(self, vllm_config: Any, config: RouteConfig, model: torch.nn.Module, device: torch.device) -> None:
-        check_supported(vllm_config)
-        self._config = config
+        check_supported(vllm_config, config)
         self.shape = shape = model_shape(vllm_config)
         self.state = state = RouterState(always=device.type != "cpu")
         num_layers, capacity = len(shape.moe_layers), _capacity(vllm_config)
@@ -79,11 +81,14 @@ class RouteController:
         )
         controllers[hooks.handle] = self
         self.bindings = bind_routers(model, shape, hooks, layers)
-        self.policy = PolicyRows(shape, self.bindings, self._table, self._index)
+        warn_of_gates(model, shape, device)
+        self.policy = PolicyRows(config, shape, self.bindings, self._table, self._index)
         local_slots = [slot for slot, layer in enumerate(shape.moe_layers) if layer in layers]
+        self._sums = DeviceSums(num_layers, device)
+        self._watch = Watch(self._sums, shape, local_slots)
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
         kept = () if hooks.fused and config.policy is None else local_slots
-        self._counts = PolicyCounts(shape, self._index, local_slots, kept if state.always else None)
+        self._counts = PolicyCounts(shape, self._sums, self._index, local_slots, kept if state.always else None)
         self._capture = self._scoring = self.shared = None
         if config.allow_overrides:
             self._capture = RouteCapture((num_layers, capacity, shape.top_k), device, state.always, local_slots)
@@ -111,7 +116,7 @@ class RouteController:
         return self._index.rows.shape[1]
 
     def _use_policy(self, active: ActivePolicy) -> None:
-        self.policy.start(active, self._config.compiler(self.shape, active))
+        self.policy.start(active)
         self._counts.start(active)
         self._index.stage(NO_STEP)
         self.state.active = bool(self.policy) or self._counts.is_on
@@ -174,6 +179,8 @@ class RouteController:
         if self.shared is not None:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
         self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
+        if self.state.active:
+            self._watch.stage(step)
 
     def jitter(self, slot: int, router_logits: torch.Tensor) -> torch.Tensor:
         """The logits of MoE layer `slot` with this step's noise; called by its bound router."""
@@ -193,7 +200,8 @@ class RouteController:
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
         native_ids = self._counts.apply(slot, num_tokens)
         routes = (None, None) if self._capture is None else self._capture.apply(slot, num_tokens)
-        routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes)
+        watch = self._watch.apply(slot, router_logits)
+        routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
         binding, policy, is_idle = self.bindings[slot], self.policy, self._index.is_idle
         if is_idle and slot in policy.masks:
             binding.mask(routing, policy.masks[slot], policy.native_weights)
@@ -213,6 +221,8 @@ class RouteController:
 
         """
         step, report = self.step, self._report
+        if step.num_tokens and self.state.active:
+            self._watch.collect()
         if self._counts.is_on:
             self._counts.collect(step)
         report.progress = {part.req_id: StepProgress(part.resident.num_set(), part.resident.start) for part in step.parts}
@@ -224,12 +234,18 @@ class RouteController:
     def report(self, output: Any) -> Any:
         """Hang this step's report on the model runner's output, where there is one."""
         if output is not None:
-            self._report.hang_on(output, self._counts.due())
+            self._report.hang_on(output, self._sums.due())
         return output
 
     def counts(self) -> RouteCounts:
         """What was counted so far; waits for the device."""
-        return self._counts.read()
+        return self._sums.read()
+
+    def check_forward(self, forward: Callable[[], object]) -> None:
+        """See that a forward pass of dummy tokens calls every bound router. Raises `RouteError`: the engine must not start."""
+        before, self.state.active = self.state.active, True
+        self._watch.check(forward)
+        self.state.active = before
 
 
 def replace_worker_policy(worker: Any, document: dict[str, Any], planned: list[str]) -> None:
