@@ -52,7 +52,14 @@ def test_they_end_as_aborted_when_generation_is_paused(tiny_model):
     from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    settings = dict(skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=256, block_size=BLOCK_SIZE)
+    settings = dict(
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        block_size=BLOCK_SIZE,
+    )
     arguments = AsyncEngineArgs(model=str(tiny_model("olmoe")), additional_config={"unsafe_routes": ONE_SLOT}, **settings)
 
     async def ends_of(llm, name, plan, max_tokens):
