@@ -522,6 +522,7 @@ def test_other_people_s_keys_are_left_alone(key):
 
 
 def test_a_front_end_without_the_plugin_is_refused(monkeypatch):
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    # Not through the environment: vLLM remembers its variables once an engine has run in this process.
+    monkeypatch.setattr("vllm.envs.VLLM_USE_RUST_FRONTEND", True, raising=False)
     with pytest.raises(RouteError, match="route control does not support VLLM_USE_RUST_FRONTEND"):
         check_supported(vllm_config(), POLICY_ONLY)

@@ -398,13 +398,15 @@ def _load_model(own: Any) -> Any:
 
 def _check_after_warm_up(worker: Any, controller: Any) -> None:
     """Replace the worker's warm-up by one that ends with a check; on the instance, because the CPU worker has its own."""
+    from .worker import check_forward
+
     own = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model() -> Any:
         times = own()
         num_tokens = min(_CHECKED_TOKENS, worker.scheduler_config.max_num_batched_tokens)
-        controller.check_forward(worker.execute_dummy_batch)
-        controller.check_forward(lambda: worker.model_runner._dummy_run(num_tokens, skip_eplb=True))
+        check_forward(controller, worker.execute_dummy_batch)
+        check_forward(controller, lambda: worker.model_runner._dummy_run(num_tokens, skip_eplb=True))
         return times
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model

@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, sums: DeviceSums, shape: ModelShape, local_slots: Sequence[int]) -> None:
         device = sums.missed.device
-        self._sums = sums
+        self.sums = sums
         self._local = slice(local_slots[0], local_slots[-1] + 1) if local_slots else slice(0, 0)
         self._layers = shape.moe_layers[self._local]
         self._in_kernel = uses_triton(device)
@@ -53,10 +53,10 @@ class Watch:
     def apply(self, slot: int, router_logits: torch.Tensor) -> RouteWatch | None:
         """The router of MoE layer `slot` is called; returns what the route kernel notes, None where that is done here."""
         if self._in_kernel:
-            return RouteWatch(self._step, self._marks[slot : slot + 1], self._sums.num_nan[slot : slot + 1])
+            return RouteWatch(self._step, self._marks[slot : slot + 1], self.sums.num_nan[slot : slot + 1])
         self._marks[slot] = self._number
         if math.isnan(float(router_logits.sum())):  # so is the sum of opposite infinities
-            self._sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()
+            self.sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()
         return None
 
     def _is_missed(self) -> torch.Tensor:
@@ -64,8 +64,8 @@ class Watch:
 
     def collect(self) -> None:
         """The forward pass has ended: count the layers that it did not call."""
-        self._sums.missed[self._local] += self._is_missed()
-        self._sums.grew()
+        self.sums.missed[self._local] += self._is_missed()
+        self.sums.grew()
 
     def check(self, forward: Callable[[], object]) -> None:
         """Run a forward pass of dummy tokens, as the engine will run those of requests; waits for the device.

@@ -84,11 +84,10 @@ class RouteController:
         warn_of_gates(model, shape, device)
         self.policy = PolicyRows(config, shape, self.bindings, self._table, self._index)
         local_slots = [slot for slot, layer in enumerate(shape.moe_layers) if layer in layers]
-        self._sums = DeviceSums(num_layers, device)
-        self._watch = Watch(self._sums, shape, local_slots)
+        self.watch = Watch(DeviceSums(num_layers, device), shape, local_slots)
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
         kept = () if hooks.fused and config.policy is None else local_slots
-        self._counts = PolicyCounts(shape, self._sums, self._index, local_slots, kept if state.always else None)
+        self._counts = PolicyCounts(shape, self.watch.sums, self._index, local_slots, kept if state.always else None)
         self._capture = self._scoring = self.shared = None
         if config.allow_overrides:
             self._capture = RouteCapture((num_layers, capacity, shape.top_k), device, state.always, local_slots)
@@ -180,7 +179,7 @@ class RouteController:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
         self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
         if self.state.active:
-            self._watch.stage(step)
+            self.watch.stage(step)
 
     def jitter(self, slot: int, router_logits: torch.Tensor) -> torch.Tensor:
         """The logits of MoE layer `slot` with this step's noise; called by its bound router."""
@@ -200,7 +199,7 @@ class RouteController:
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
         native_ids = self._counts.apply(slot, num_tokens)
         routes = (None, None) if self._capture is None else self._capture.apply(slot, num_tokens)
-        watch = self._watch.apply(slot, router_logits)
+        watch = self.watch.apply(slot, router_logits)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
         binding, policy, is_idle = self.bindings[slot], self.policy, self._index.is_idle
         if is_idle and slot in policy.masks:
@@ -222,7 +221,7 @@ class RouteController:
         """
         step, report = self.step, self._report
         if step.num_tokens and self.state.active:
-            self._watch.collect()
+            self.watch.collect()
         if self._counts.is_on:
             self._counts.collect(step)
         report.progress = {part.req_id: StepProgress(part.resident.num_set(), part.resident.start) for part in step.parts}
@@ -234,18 +233,19 @@ class RouteController:
     def report(self, output: Any) -> Any:
         """Hang this step's report on the model runner's output, where there is one."""
         if output is not None:
-            self._report.hang_on(output, self._sums.due())
+            self._report.hang_on(output, self.watch.sums.due())
         return output
 
     def counts(self) -> RouteCounts:
         """What was counted so far; waits for the device."""
-        return self._sums.read()
+        return self.watch.sums.read()
 
-    def check_forward(self, forward: Callable[[], object]) -> None:
-        """See that a forward pass of dummy tokens calls every bound router. Raises `RouteError`: the engine must not start."""
-        before, self.state.active = self.state.active, True
-        self._watch.check(forward)
-        self.state.active = before
+
+def check_forward(controller: RouteController, forward: Callable[[], object]) -> None:
+    """See that a forward pass of dummy tokens calls every bound router. Raises `RouteError`: the engine must not start."""
+    before, controller.state.active = controller.state.active, True
+    controller.watch.check(forward)
+    controller.state.active = before
 
 
 def replace_worker_policy(worker: Any, document: dict[str, Any], planned: list[str]) -> None:
