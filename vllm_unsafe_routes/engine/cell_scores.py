@@ -86,6 +86,7 @@ class CellScorer:
         runner: of its sweeps.
 
     Attributes:
+        layers: see there.
         compiler: see there.
         runner: see there.
 
@@ -94,7 +95,7 @@ class CellScorer:
     def __init__(
         self, layers: LayerRange, shape: ModelShape, compiler: PlanCompiler, limits: tuple[int, int], runner: SweepRunner
     ) -> None:
-        self._layers, self._shape, self.compiler, self._limits, self.runner = layers, shape, compiler, limits, runner
+        self.layers, self._shape, self.compiler, self._limits, self.runner = layers, shape, compiler, limits, runner
         self._generation = -1
 
     def score(self, reserve: np.ndarray, generation: int, items: Sequence[Cells]) -> list[tuple[np.ndarray, int]]:
@@ -128,7 +129,7 @@ class CellScorer:
         return found
 
     def _take(self, reserve: np.ndarray) -> None:
-        layers, size = self._layers, self._layers.block_size
+        layers, size = self.layers, self.layers.block_size
         per_block = size * layers.num_layers * sum(value[0].nbytes for value in layers.empty_stream(1).values())
         num_blocks = max(1, min(int(_BASES_SHARE * len(reserve)), _STREAM_BYTES // per_block))
         self._bases = Bases(num_blocks, size)
@@ -185,10 +186,10 @@ class CellScorer:
         values = self.runner.run(self._memory, sequences, np.zeros((0, 4), np.int64), np.zeros((0, self._shape.top_k), np.int32))
         for one, value in zip(bases, values.split([len(one.cells.target) for one in bases]), strict=True):
             one.log_probs = value
-        return sequences.work(self._layers.num_layers)
+        return sequences.work(self.layers.num_layers)
 
     def _tables(self, bases: Sequence[Base]) -> np.ndarray:
-        return block_tables(bases, self._layers.table_width(max(one.num_tokens for one in bases)))
+        return block_tables(bases, self.layers.table_width(max(one.num_tokens for one in bases)))
 
     def _score(self, items: Sequence[Cells], bases: list[Base], work: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """Scores of items whose bases are ready."""
@@ -208,13 +209,13 @@ class CellScorer:
                 sequences, values = self._draw(candidates, some)
                 number = candidates.number[some]
                 scores[upload(ranges(starts[number], lens[number]), torch.int64, scores.device)] = values
-                np.add.at(work, of_item[candidates.base[some]], sequences.work(self._layers.num_layers))
+                np.add.at(work, of_item[candidates.base[some]], sequences.work(self.layers.num_layers))
         joint = np.add.reduceat(scores.cpu().numpy().astype(np.float64), starts) if len(starts) else np.zeros(0)
         return [(joint[first : first + count], round(cost)) for first, count, cost in zip(offsets, counts, work, strict=True)]
 
     def _chunks(self, candidates: Candidates) -> Iterator[np.ndarray]:
         """Numbers of candidates that fit one sweep together; those of near layers, so that a sweep has few stages."""
-        size = self._layers.block_size
+        size = self.layers.block_size
         num_tokens = np.array([base.num_tokens for base in candidates.bases])[candidates.base]
         order = np.lexsort((candidates.first, candidates.layer))
         tokens = np.cumsum((num_tokens - candidates.first)[order])
@@ -235,7 +236,7 @@ class CellScorer:
 
     def _draw(self, candidates: Candidates, some: np.ndarray) -> tuple[Sequences, torch.Tensor]:
         """Run some candidates; their sequences, and float32 log-probabilities of their targets' tokens, one after the other."""
-        size = self._layers.block_size
+        size = self.layers.block_size
         base, first = candidates.base[some], candidates.first[some]
         tables = self._tables(candidates.bases)[base]
         num_blocks = -(-np.array([one.num_tokens for one in candidates.bases])[base] // size)

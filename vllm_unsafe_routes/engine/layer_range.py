@@ -7,7 +7,9 @@ can be entered at any layer. Attention is vLLM's own, on the paged KV cache, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from vllm.distributed import parallel_state
 from vllm.forward_context import get_forward_context, set_forward_context
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
@@ -26,6 +29,8 @@ from .device_table import upload
 _DECODE_ONLY = ("CPU_MLA",)
 # Block tables are as wide as some latent kernels want them: a multiple of this many tokens.
 _TABLE_TOKENS = 128
+# With more scored tokens than this share, gathering them costs more than it saves.
+_FEW = 0.9
 
 
 class _Rank:
@@ -49,6 +54,7 @@ class Queries(NamedTuple):
         block_table: int32 [num_seqs, width], KV blocks of each.
         positions: int64 [num_tokens].
         slots: int64 [num_tokens], where in the KV cache each token's K and V go.
+        scored: bool [num_tokens], tokens whose output is wanted behind the last layer.
 
     """
 
@@ -57,13 +63,15 @@ class Queries(NamedTuple):
     block_table: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
+    scored: np.ndarray
 
 
 class Batch(NamedTuple):
-    """The same on the device, for any layers."""
+    """The same on the device, for any layers; `scored` are numbers of tokens, None: so many that the others may as well stay."""
 
     num_tokens: int
     positions: torch.Tensor
+    scored: torch.Tensor | None
     metadata: dict[str, Any]
     slots: dict[str, torch.Tensor]
 
@@ -80,6 +88,7 @@ class LayerRange:
         num_layers: its decoder layers.
         block_size: tokens of a KV block.
         keys: names of the tensors that make up the residual stream.
+        wanted: int64, tokens of the batch in hand whose output is wanted behind the last layer; None: all.
 
     Raises:
         RouteError: this model or this engine cannot be entered in the middle.
@@ -103,7 +112,12 @@ class LayerRange:
         (group,) = runner.kv_cache_config.kv_cache_groups
         self.block_size = int(group.kv_cache_spec.block_size)
         layers = vllm_config.compilation_config.static_forward_context
-        self._caches = [layers[name].kv_cache for name in group.layer_names if isinstance(layers[name], AttentionLayerBase)]
+        # KV cache of each attention layer, with the number of its decoder layer.
+        self._caches = [(extract_layer_index(name), layers[name].kv_cache) for name in group.layer_names]
+        self.wanted: torch.Tensor | None = None
+        for module in self.model.modules():
+            if isinstance(module, MoERunner) and int(module.layer_id) == self.num_layers - 1:
+                _skip_unwanted(module, self)
         self._decode_only = any(item.backend.get_name() in _DECODE_ONLY for item in runner.attn_groups[0])
 
     def empty_stream(self, *sizes: int) -> dict[str, torch.Tensor]:
@@ -115,12 +129,13 @@ class LayerRange:
         """Columns of a block table for sequences of up to this many tokens."""
         return -(-num_tokens // _TABLE_TOKENS) * max(1, _TABLE_TOKENS // self.block_size)
 
-    def copy_blocks(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copy KV blocks, of all layers."""
+    def copy_blocks(self, source: np.ndarray, target: np.ndarray, first_layer: int) -> None:
+        """Copy KV blocks, of all layers from `first_layer` on."""
         if len(source):
             from_ids, to_ids = (upload(ids, torch.int64, self.device) for ids in (source, target))
-            for cache in self._caches:
-                cache[to_ids] = cache[from_ids]
+            for layer, cache in self._caches:
+                if layer >= first_layer:
+                    cache[to_ids] = cache[from_ids]
 
     def batch(self, queries: Queries) -> Batch:
         """Put a batch on the device and make its attention metadata."""
@@ -150,10 +165,12 @@ class LayerRange:
             is_prefilling=torch.ones(num_seqs, dtype=torch.bool),
             req_idx=np.arange(num_seqs, dtype=np.int32),
         )
-        return Batch(num_tokens, positions, metadata, build_slot_mappings_by_layer(slots, self._runner.kv_cache_config))
+        scored = np.flatnonzero(queries.scored)
+        few = upload(scored, torch.int64, self.device) if len(scored) < _FEW * num_tokens else None
+        return Batch(num_tokens, positions, few, metadata, build_slot_mappings_by_layer(slots, self._runner.kv_cache_config))
 
     def run(
-        self, start: int, end: int, batch: Batch, token_ids: torch.Tensor | None, stream: Mapping[str, torch.Tensor]
+        self, start: int, end: int, batch: Batch, token_ids: torch.Tensor, stream: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Run layers `start` to `end` (exclusive).
 
@@ -165,13 +182,13 @@ class LayerRange:
             stream: the residual stream at layer `start`, each [num_tokens, width], otherwise; may be overwritten.
 
         Returns:
-            The residual stream at layer `end`; behind the last layer one tensor, the output layer's input.
+            The residual stream at layer `end`; behind the last layer one tensor, the output layer's input, right for `wanted`.
 
         """
         context = set_forward_context(
             batch.metadata, self._vllm_config, num_tokens=batch.num_tokens, slot_mapping=batch.slots, skip_compiled=True
         )
-        with context, self._as_rank(start, end):
+        with context, self._as_rank(start, end), self._wanting(batch.scored if end == self.num_layers else None):
             # Its counter of MoE layers begins at the first one, wherever this pass begins.
             get_forward_context().all_moe_layers = None
             found = self.model(
@@ -180,6 +197,14 @@ class LayerRange:
                 intermediate_tensors=None if start == 0 else IntermediateTensors(dict(stream)),
             )
         return {self.keys[0]: found} if end == self.num_layers else dict(found.tensors)
+
+    @contextmanager
+    def _wanting(self, wanted: torch.Tensor | None) -> Iterator[None]:
+        self.wanted = wanted
+        try:
+            yield
+        finally:
+            self.wanted = None
 
     @contextmanager
     def _as_rank(self, start: int, end: int) -> Iterator[None]:
@@ -192,6 +217,27 @@ class LayerRange:
         finally:
             parallel_state._PP = group
             decoder.start_layer, decoder.end_layer = held
+
+
+def _skip_unwanted(runner: Any, layers: LayerRange) -> None:
+    """Let the last layer's experts see only the tokens that are scored; K and V of the others are all that is needed of them."""
+    own: Callable[..., torch.Tensor] = runner.forward
+    # The runner belongs to the model, and `layers` to whoever scores.
+    reference = weakref.ref(layers)
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: torch.Tensor | None, **more: torch.Tensor | None
+    ) -> torch.Tensor:
+        layers = reference()
+        wanted = None if layers is None else layers.wanted
+        others = [value for value in (*args, *more.values()) if value is not None]
+        if wanted is None or others:
+            return own(hidden_states, router_logits, *args, **more)
+        found = torch.zeros_like(hidden_states)
+        found[wanted] = own(hidden_states[wanted], router_logits[wanted])
+        return found
+
+    runner.forward = types.MethodType(forward, runner)
 
 
 def _check(runner: Any, vllm_config: Any) -> None:

@@ -97,7 +97,15 @@ def ranges(starts: np.ndarray, lens: np.ndarray) -> np.ndarray:
 
 
 class _Part(NamedTuple):
-    """Who computes what in some layers: row numbers of the sweep and the batch on the device."""
+    """Who computes what in some layers, on the device.
+
+    Attributes:
+        rows: int64 [num_tokens], the rows of the sweep.
+        batch: the same as a batch.
+        token_ids: int32 [num_tokens].
+        routes: int32 [MoE layers, num_tokens and some padding], their rows in the route table.
+
+    """
 
     rows: torch.Tensor
     batch: Batch
@@ -127,6 +135,7 @@ class Sweep:
         offsets = np.cumsum([0, *(base.num_tokens for base in sequences.bases)])[:-1]
         self._ids = self._ids[offsets[sequences.base][self._sequence] + self._positions]
         self._routes = routes
+        self._scored_from = np.array([len(base.cells.prompt) - 1 for base in sequences.bases])[sequences.base]
         self._state = layers.empty_stream(len(self._sequence))
         self._last: tuple[bytes, _Part] | None = None
         # int32 [MoE layers, tokens of the batch in hand and some padding], for the bound routers.
@@ -139,13 +148,19 @@ class Sweep:
             shared = (own.first % self._size > 0) & (own.layer < num_layers - 1)
             at = np.arange(len(shared))[shared], own.first[shared] // self._size
             reserve = self._memory.reserve
-            self._layers.copy_blocks(reserve[own.base_blocks[at]], reserve[own.own_blocks[at]])
+            self._layers.copy_blocks(reserve[own.base_blocks[at]], reserve[own.own_blocks[at]], int(own.layer.min()) + 1)
         bounds = sorted({*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers})
         if own.moves_base:
             bounds = list(range(bounds[0], num_layers + 1))
         for start, end in itertools.pairwise(bounds):
             self._run(start, end)
         return self._state[self._layers.keys[0]]
+
+    def rows_of(self, slot: int, num_tokens: int) -> torch.Tensor:
+        """int32 [num_tokens], the rows in the route table of the tokens that MoE layer `slot` has in hand."""
+        rows, wanted = self.row_index[slot], self._layers.wanted
+        # The last layer's experts see fewer tokens than the batch has.
+        return rows[:num_tokens] if wanted is None or num_tokens != len(wanted) else rows[wanted]
 
     def _run(self, start: int, end: int) -> None:
         own = self.sequences
@@ -195,7 +210,7 @@ class Sweep:
         block = np.where(whole[sequence], own.own_blocks[sequence, positions // size], WASTE_BLOCK)
         reserve = self._memory.reserve
         slots = reserve[block] * size + positions % size
-        queries = Queries(lens, own.first[order] + lens, reserve[table], positions, slots)
+        queries = Queries(lens, own.first[order] + lens, reserve[table], positions, slots, positions >= self._scored_from[sequence])
         where = upload(rows, torch.int64, device)
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.

@@ -48,7 +48,7 @@ class SweepRunner:
         """As `RouteController.direct`, for the tokens of the sweep in hand."""
         assert self._sweep is not None and self._rows is not None
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states)
-        self._bindings[slot].direct(routing, self._sweep.row_index[slot, : len(router_logits)], self._rows)
+        self._bindings[slot].direct(routing, self._sweep.rows_of(slot, len(router_logits)), self._rows)
 
     def run(self, memory: Memory, sequences: Sequences, moves: np.ndarray, experts: np.ndarray) -> torch.Tensor:
         """Run a sweep.
