@@ -82,7 +82,7 @@ class CompiledPlan:
         digest: the plan's digest.
         rows: distinct row contents, `RowLayout` bytes each.
         block: int32 [num_moe_layers, num_listed + 2]; index into `rows`, or `NO_ROW`: no directive, the policy's row holds.
-            Column p < num_listed is prompt position p; then come the defaults of prompt and of generated positions.
+            Column p < num_listed is position p; then come the defaults of prompt and of generated positions.
             Becomes read-only.
         native: whether its weights are `native`.
         prompt: the prompt that the plan is for; None: any.
@@ -122,12 +122,12 @@ class CompiledPlan:
 
     @property
     def max_position(self) -> int:
-        """Largest listed position, -1 if none; the prompt must be longer."""
+        """Largest listed position, -1 if none."""
         return self.num_listed - 1
 
     @property
     def num_listed(self) -> int:
-        """Number of leading prompt positions that have a column of their own."""
+        """Number of leading positions that have a column of their own; behind the prompt only if the plan is bound to it."""
         return int(self.block.shape[1]) - 2
 
     def column(self, position: int, prompt_len: int) -> int:
@@ -141,7 +141,7 @@ class CompiledPlan:
         listed = self.num_listed
         num = int(self._cumulative[min(end, listed)] - self._cumulative[min(start, listed)])
         num += int(self._counts[listed]) * max(0, min(end, prompt_len) - max(start, listed))
-        return num + int(self._counts[listed + 1]) * max(0, end - max(start, prompt_len))
+        return num + int(self._counts[listed + 1]) * max(0, end - max(start, prompt_len, listed))
 
     def cache_key(self, start: int, end: int, prompt_len: int) -> bytes | None:
         """16 bytes over what the plan does to positions `start` to `end` (exclusive); None if it does nothing there.

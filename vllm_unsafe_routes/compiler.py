@@ -196,6 +196,7 @@ class PlanCompiler:
         self._check_size(num_listed, 0)
 
         native = plan.weights == "native"
+        end_of_prompt = plan.prompt.tokens if plan.prompt is not None else num_listed
         row_of: dict[bytes, int] = {}
         block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
         for slot, (spans, listed) in by_slot.items():
@@ -208,10 +209,8 @@ class PlanCompiler:
             cells: dict[int, _Cell] = {}
             for item in listed:
                 for position in cast(tuple[int, ...], item.positions):
-                    cell = cells.get(position)
-                    if cell is None:
-                        cell = cells[position] = _Cell(prompt.allowed, prompt.force)
-                    self._apply(item, cell, position)
+                    span = prompt if position < end_of_prompt else generated
+                    self._apply(item, cells.setdefault(position, _Cell(span.allowed, span.force)), position)
             columns: list[tuple[int, object, _Cell]] = [
                 (num_listed, "prompt", prompt),
                 (num_listed + 1, "generated", generated),
@@ -221,8 +220,8 @@ class PlanCompiler:
                 content = self._row(slot, where, cell, native)
                 if content is not None:
                     block[slot, column] = row_of.setdefault(content, len(row_of))
-            untouched = [position for position in range(num_listed) if position not in cells]
-            block[slot, untouched] = block[slot, num_listed]
+            untouched = np.setdiff1d(np.arange(num_listed), list(cells))
+            block[slot, untouched] = block[slot, num_listed + (untouched >= end_of_prompt)]
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 

@@ -29,6 +29,7 @@ from . import routed_experts, wire
 from .binding import PromptBinding
 from .directive import Directive, Kind
 from .errors import RouteError
+from .positions import Positions, resolve
 from .shape import ModelShape
 
 WEIGHT_MODES = ("masked", "native")
@@ -91,18 +92,18 @@ class RoutePlan:
         """The directives in the order in which they were added."""
         return tuple(self._directives)
 
-    def disable(self, layer: int, positions: Sequence[int] | str, experts: Sequence[int]) -> RoutePlan:
+    def disable(self, layer: int, positions: Positions, experts: Sequence[int]) -> RoutePlan:
         """These experts cannot be selected."""
         return self._add("disable", layer, positions, experts)
 
-    def allow(self, layer: int, positions: Sequence[int] | str, experts: Sequence[int]) -> RoutePlan:
+    def allow(self, layer: int, positions: Positions, experts: Sequence[int]) -> RoutePlan:
         """All other experts are disabled."""
         return self._add("allow", layer, positions, experts)
 
     def force(
         self,
         layer: int,
-        positions: Sequence[int] | str,
+        positions: Positions,
         experts: Sequence[int],
         weights: Sequence[float] | None = None,
     ) -> RoutePlan:
@@ -111,6 +112,7 @@ class RoutePlan:
 
     def _add(self, kind: Kind, layer: Any, positions: Any, experts: Any, weights: Any = None) -> RoutePlan:
         where = f"directive {len(self._directives)}"
+        positions = resolve(positions, self._prompt)
         self._directives.append(Directive.checked(where, kind, layer, positions, experts, weights))
         self._string = self._digest = None
         return self

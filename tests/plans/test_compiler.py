@@ -112,18 +112,37 @@ def test_block_layout():
     assert np.frombuffer(compiled.rows[forced], "<i4")[3:7].tolist() == [4, 3, 2, 1]
 
 
-def test_counts_and_keys_against_a_loop():
+def test_listed_steps_have_the_mask_of_generated_tokens_and_what_is_between_them_too():
+    plan = (
+        RoutePlan().for_prompt([7, 8]).disable(1, "prompt", [5]).disable(1, "generated", [6]).disable(1, ("generated", 1, 2), [9])
+    )
+    compiled = PlanCompiler(SHAPE).compile(plan)
+    banned = [
+        [expert for expert in range(64) if not np.frombuffer(compiled.rows[row], "<u4")[1 + expert // 32] >> (expert % 32) & 1]
+        for row in compiled.block[0]
+    ]
+    # Positions 0 and 1 of the prompt, steps 0 and 1, other prompt tokens, other steps.
+    assert banned == [[5], [5], [6], [6, 9], [5], [6]]
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["", "bound"])
+def test_counts_and_keys_against_a_loop(bound):
     rng = random.Random(5)
     for _ in range(60):
-        plan, other = RoutePlan(), RoutePlan()
+        prompt_len = rng.randrange(12, 20)
+        plan, other = (RoutePlan().for_prompt(range(prompt_len)) if bound else RoutePlan() for _ in range(2))
         for layer in SHAPE.moe_layers:
             for _ in range(rng.randrange(3)):
-                where = rng.choice(["prompt", "generated", "all", [rng.randrange(12)], [0, 3, 7]])
+                where = rng.choice(
+                    ["prompt", "generated", "all", [rng.randrange(12)], [0, 3, 7], ("generated", 1, rng.randrange(2, 9))]
+                )
+                if isinstance(where, tuple) and not bound:
+                    continue
                 banned = rng.sample(range(64), 2)
                 plan.disable(layer, where, banned)
                 if rng.random() < 0.8:
                     other.disable(layer, where, banned)
-        compiler, prompt_len = PlanCompiler(SHAPE), rng.randrange(12, 20)
+        compiler = PlanCompiler(SHAPE)
         first, second = compiler.compile(plan), compiler.compile(other)
         start = rng.randrange(24)
         end = start + rng.randrange(1, 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import json
 import re
 import shlex
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_the_examples_are_plans_and_policies():
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], built)
     assert len(built["plan"]) == 4
     compile_for(built["plan"])
+
+
+def test_the_positions_that_people_mean():
+    text = PLANS.read_text(encoding="utf-8").partition("### Positions that people mean")[2]
+    built: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], built)
+    plan, chat, tokenizer = built["plan"], built["chat"], built["tokenizer"]
+    words = [tokenizer.decode([chat.token_ids[at] for at in item.positions]) for item in plan.directives[:3]]
+    assert words == ["explain the way to fix kettle .", "kettle", "<|assistant|>"]
+    assert plan.directives[4].positions == tuple(range(len(chat.token_ids), len(chat.token_ids) + 16))
+    compile_for(plan, ModelShape.from_hf_config(json.loads(Path(built["lab"].model_path(), "config.json").read_text())))
 
 
 def test_the_readme_s_commands_are_commands():

@@ -27,6 +27,7 @@ PURE = (
     "cells",
     "routed_experts",
     "divergence",
+    "positions",
 )
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}

@@ -46,6 +46,7 @@ LAYERS = (
         "cells",
         "routed_experts",
         "divergence",
+        "positions",
         "kernels",
     ),
     ("search.backend", "evaluation", "lab"),

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         facts["plan_rows"] = len(compiled.rows)
         if plan.prompt is not None:
             facts["plan_prompt_tokens"], facts["plan_prompt_digest"] = plan.prompt.tokens, plan.prompt.digest
-        facts["plan_needs_prompt_tokens"] = compiled.max_position + 1
+        else:
+            facts["plan_needs_prompt_tokens"] = compiled.max_position + 1
     if args.json:
         print(json.dumps(facts))
         return 0

@@ -45,6 +45,7 @@ class PlanGuard:
         self.compiler: PlanCompiler | None = None
         self.active = ActivePolicy()
         self.vocab_size: int = vllm_config.model_config.get_vocab_size()
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
         # For `metrics.py`: requests with a plan that were accepted, and refusals by `RouteError.reason`.
         self.num_accepted = 0
         self.refused: Counter[str] = Counter()
@@ -89,7 +90,7 @@ class PlanGuard:
             check_score(extras.score, num_prompt, self.vocab_size)
         if extras.has_plan:
             compiled = self.compiler.compile_text(extras.plan, extras.delta)
-            check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k)
+            check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k, self.max_model_len)
             ids = request.prompt_token_ids
             compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])
         ours = extras.to_extra_args()
@@ -129,19 +130,24 @@ def check_score(score: ScoreSpec, num_prompt: int, vocab_size: int) -> None:
         raise RouteError(f"{SCORE_KEY}: token id {largest} is out of range for a vocabulary of {vocab_size}")
 
 
-def check_prompt_length(compiled: CompiledPlan, num_prompt: int, extras: RouteExtras, top_k: int) -> None:
-    """Refuse a plan that lists a position past the prompt."""
+def check_prompt_length(compiled: CompiledPlan, num_prompt: int, extras: RouteExtras, top_k: int, max_model_len: int) -> None:
+    """Refuse a position past the prompt; of a plan that is bound to its prompt, only one past the longest request."""
     if compiled.max_position < num_prompt:
         return
+    bound = compiled.prompt is not None
+    if bound and compiled.max_position >= max_model_len:
+        raise RouteError(f"position {compiled.max_position} is out of range for requests of {max_model_len} tokens", "prompt")
     listed = [
         (max(item.positions), item.layer)
-        for item in (RoutePlan.from_string(extras.plan).directives if extras.plan is not None else ())
+        for item in (RoutePlan.from_string(extras.plan).directives if extras.plan is not None and not bound else ())
         if not isinstance(item.positions, str)
     ]
     if extras.delta:
         width = 2 + top_k
         listed += [(extras.delta[at + 1], extras.delta[at]) for at in range(0, len(extras.delta), width)]
-    position, layer = max(listed)
+    position, layer = max(listed, default=(-1, -1))
+    if position < num_prompt:
+        return
     raise RouteError(f"layer {layer}, position {position}: the prompt has {num_prompt} tokens (0-{num_prompt - 1})", "prompt")
 
 
