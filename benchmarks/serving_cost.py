@@ -281,7 +281,7 @@ def gpu_table(rows: Rows) -> str:
             cells = [common.spread(ratios_of(mine, load, variant), 3, 3) for variant in VARIANTS]
             stock = f"{statistics.median(rates):,.0f}" if rates else NOT_MEASURED
             lines.append([f"{model}, {mine[0]['layers']} layers", load, stock, *cells])
-    count = 1 + max((int(row["round"]) for row in rows), default=-1)
+    count = len({(row["commit"], row["round"]) for row in rows})
     modes = ", ".join(map(str, common.distinct(rows, "mode")))
     table = common.markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
     note = f"Throughput ratio to stock, median and range of up to {count} rounds, turn by turn; engine mode: {modes}."

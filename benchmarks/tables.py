@@ -25,13 +25,13 @@ import policy_serving
 import routes_exact
 import search_speed
 import serving_cost
-from common import NOT_MEASURED, ROOT, Rows, distinct, markdown, read_csv, read_rows, rewrite, spread, where, write_csv
+from common import NOT_MEASURED, ROOT, Rows, markdown, read_csv, read_rows, rewrite, spread, where, write_csv
 
 # question -> the columns that say what a row measured
 QUESTIONS = {
     "routes_exact": ("check", "mode"),
     "kernel_speed": ("shape", "num_tokens"),
-    "serving_cost": ("model",),
+    "serving_cost": ("model", "commit"),
     "search_speed": ("model", "kind"),
     "floors": ("model", "kind", "workload"),
     "policy_serving": (),
@@ -135,11 +135,10 @@ def gpu_summary(results: Path) -> str:
     for variant, name in serving_cost.VARIANTS.items():
         ratios = [float(row["ratio_to_stock"]) for row in rows["serving_cost"] if row["variant"] == variant]
         lines.append([f"tokens/s against stock vLLM, {name}", spread(ratios, 3, 2)])
-    for model in distinct(speed, "model"):
-        ratios = [
-            float(row["ratio_to_published"]) for row in speed if row["model"] == model and row["variant"].startswith("engine")
-        ]
-        lines.append([f"candidates/s against the published way, {model}", spread(ratios, 0, 0)])
+    ours = [row for row in speed if row["variant"].startswith(search_speed.WAYS)]
+    for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in ours):
+        ratios = [float(row["ratio_to_published"]) for row in ours if (row["model"], row["variant"]) == (model, variant)]
+        lines.append([f"candidates/s against the published way, {model}, {variant}", spread(ratios, 0, 0)])
     last = next(rows[name][-1] for name in ("search_speed", "serving_cost", "kernel_speed", "routes_exact", "floors") if rows[name])
     return f"{markdown(['on a GPU', 'median (range)'], lines)}\n\n{where(last)}"
 

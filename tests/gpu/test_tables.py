@@ -113,7 +113,7 @@ def test_results_of_several_calls(tmp_path):
     assert "| checks passed | 1 of 1 |" in text
     assert "| tokens/s against stock vLLM, a plan on every request | 0.900 (0.90-0.90) |" in text
     assert "| tokens/s against stock vLLM, stock in forced eager mode | not measured |" in text
-    assert "| candidates/s against the published way, M | 320 (320-320) |" in text
+    assert "| candidates/s against the published way, M, engine, 16 in flight | 320 (320-320) |" in text
     assert len(read_csv(root / "benchmarks/results/serving_cost_test_gpu.csv")) == len(serving("M") + serving("N"))
     before = {path: path.read_text() for path in tables.documents(root)}
     assert rewrite(root).returncode == 0
