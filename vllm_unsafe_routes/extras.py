@@ -5,6 +5,7 @@
 | `route_plan` | string | `RoutePlan.to_string()` or its JSON form |
 | `route_delta` | flat list of integers | more forces: layer, position, top_k experts; and so on |
 | `return_routes` | true or false | the receipt holds the routes used |
+| `routes_start` | integer | beside `return_routes`: first position whose routes come back; those before it are known already |
 | `score_tokens` | flat list of integers | first row, width, `width` token ids for every row: the receipt holds their log-probs |
 
 A delta lets a search send its long common plan as a string that every process has already compiled, and each candidate as a
@@ -29,7 +30,8 @@ from .wire import PLAN_KEY, RETURN_ROUTES_KEY
 
 DELTA_KEY = "route_delta"
 SCORE_KEY = "score_tokens"
-KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, SCORE_KEY)
+ROUTES_START_KEY = "routes_start"
+KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, ROUTES_START_KEY, SCORE_KEY)
 _TRUE, _FALSE = (True, 1, "true", "True", "1"), (False, 0, None, "false", "False", "0")
 
 
@@ -81,6 +83,7 @@ class RouteExtras:
         delta: further forces, flat; empty if none.
         wants_routes: whether the routes used must come back.
         score: what to score, or None.
+        routes_start: first position whose routes must come back.
 
     """
 
@@ -88,6 +91,7 @@ class RouteExtras:
     delta: tuple[int, ...] = ()
     wants_routes: bool = False
     score: ScoreSpec | None = None
+    routes_start: int = 0
 
     @property
     def has_plan(self) -> bool:
@@ -107,6 +111,8 @@ class RouteExtras:
             args[DELTA_KEY] = list(self.delta)
         if self.wants_routes:
             args[RETURN_ROUTES_KEY] = True
+        if self.routes_start:
+            args[ROUTES_START_KEY] = self.routes_start
         if self.score is not None:
             args[SCORE_KEY] = self.score.to_flat()
         return args
@@ -129,9 +135,12 @@ class RouteExtras:
             raise RouteError(f"{RETURN_ROUTES_KEY} must be true or false, got {wants_routes!r}")
         delta = tuple(_flat_integers(extra_args.get(DELTA_KEY), DELTA_KEY))
         score = _flat_integers(extra_args.get(SCORE_KEY), SCORE_KEY)
+        start = _integer(extra_args.get(ROUTES_START_KEY) or 0, ROUTES_START_KEY)
+        if start and wants_routes not in _TRUE:
+            raise RouteError(f"{ROUTES_START_KEY} needs {RETURN_ROUTES_KEY}")
         if plan is None and not delta and not score and wants_routes not in _TRUE:
             return None
-        return cls(plan, delta, wants_routes in _TRUE, ScoreSpec.from_flat(score) if score else None)
+        return cls(plan, delta, wants_routes in _TRUE, ScoreSpec.from_flat(score) if score else None, start)
 
 
 def _flat_integers(values: Any, key: str) -> list[int]:
@@ -139,8 +148,11 @@ def _flat_integers(values: Any, key: str) -> list[int]:
         return []
     if not isinstance(values, list | tuple):
         raise RouteError(f"{key} must be a flat list of non-negative integers, got {str(values)[:80]}")
-    found = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
-    for at, value in enumerate(found):
-        if type(value) is not int or not 0 <= value < LIMIT:
-            raise RouteError(f"{key}[{at}] must be an integer from 0 to {LIMIT - 1}, got {str(values[at])[:80]}")
+    return [_integer(value, f"{key}[{at}]") for at, value in enumerate(values)]
+
+
+def _integer(value: Any, what: str) -> int:
+    found = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(found) is not int or not 0 <= found < LIMIT:
+        raise RouteError(f"{what} must be an integer from 0 to {LIMIT - 1}, got {str(value)[:80]}")
     return found

@@ -77,6 +77,23 @@ def test_what_a_receipt_says_of_its_tokens(llm, whole):
     assert again.cached_tokens == 0
 
 
+@pytest.mark.parametrize("start", [1, 30, len(PROMPT), len(PROMPT) + 3])
+def test_routes_from_a_position_on(llm, whole, start):
+    """A conversation's next turn asks for the rows that it has not got yet; chunks and the cut at a stop string count as well."""
+    extra = {**PLAN.extra_args(return_routes=True), "routes_start": start}
+    if start > len(PROMPT):
+        with pytest.raises(RouteError, match="routes_start 43 is out of range for a prompt of 40 tokens"):
+            run(llm, extra, None)
+        return
+    receipt, every = receipt_of(run(llm, extra, [whole[1]])), receipt_of(run(llm, PLAN.extra_args(return_routes=True), [whole[1]]))
+    assert (receipt.routes_start, every.routes_start) == (start, 0)
+    assert np.array_equal(receipt.route_ids, every.route_ids[start:])
+    assert np.array_equal(receipt.route_weights, every.route_weights[start:])
+    assert (receipt.tokens, receipt.routes_set) == (every.tokens, every.routes_set)
+    part = RoutePlan.from_routes(receipt.route_ids[:1], layers=range(4), first_position=receipt.routes_start)
+    assert {item.positions for item in part.directives} == {(start,)}
+
+
 @pytest.mark.parametrize("stops", [False, True], ids=["by length", "by a stop string"])
 def test_every_sample_has_a_receipt(llm, whole, stops):
     stop = whole[1].split()[:1] if stops else None

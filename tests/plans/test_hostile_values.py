@@ -44,7 +44,7 @@ READERS = {
     "settings": ({"policy": POLICY, "allow_overrides": True, "route_table_rows": 5}, RouteConfig.from_dict),
     "noise": ({"scale": 0.5, "seed": 3, "layers": [1]}, lambda document: Jitter.from_dict(document).validate(SHAPE)),
     "request": (
-        {"route_plan": "x", "route_delta": [1, 2, 0, 1], "return_routes": True, "score_tokens": [1, 1, 5]},
+        {"route_plan": "x", "route_delta": [1, 2, 0, 1], "return_routes": True, "routes_start": 3, "score_tokens": [1, 1, 5]},
         RouteExtras.parse,
     ),
 }
@@ -85,6 +85,9 @@ def test_nothing_but_a_route_error(name, hostile):
         ({"route_delta": [1 << 31]}, "route_delta[0] must be an integer from 0 to 2147483647, got 2147483648"),
         ({"score_tokens": [3, 1, -1]}, "score_tokens[2] must be an integer from 0 to 2147483647, got -1"),
         ({"score_tokens": [3, float("-inf"), 1]}, "score_tokens[1] must be an integer from 0 to 2147483647, got -inf"),
+        ({"routes_start": 5}, "routes_start needs return_routes"),
+        ({"return_routes": 1, "routes_start": float("inf")}, "routes_start must be an integer from 0 to 2147483647, got inf"),
+        ({"return_routes": 1, "routes_start": True}, "routes_start must be an integer from 0 to 2147483647, got True"),
         ({"return_routes": float("nan")}, "return_routes must be true or false, got nan"),
     ],
 )

@@ -43,8 +43,9 @@ class _Parts:
         if "error" in self._fields:
             return self._fields
         # The last token is never fed back: it has no route.
-        ids, weights = self._routes(num_prompt + max(num_output, 1) - 1)
         fields = self._fields
+        start = fields.get("routes_start", 0)
+        ids, weights = self._routes(start, num_prompt + max(num_output, 1) - 1)
         scores = fields.get("scores")
         return Receipt(
             plan=fields["plan"],
@@ -59,15 +60,18 @@ class _Parts:
             prompt_tokens=num_prompt,
             prompt_digest=None if prompt is None else prompt_digest(prompt),
             tokens=num_prompt + num_output,
+            routes_start=start,
         ).to_dict()
 
-    def _routes(self, limit: int) -> tuple[Any, Any]:
+    def _routes(self, first: int, limit: int) -> tuple[Any, Any]:
+        """Those of positions `first` to `limit` (exclusive)."""
         if not self._chunks:
             return None, None
-        num_tokens = min(limit, max(start + len(ids) for start, ids, _ in self._chunks))
+        num_tokens = max(0, min(limit, max(start + len(ids) for start, ids, _ in self._chunks)) - first)
         shape = (num_tokens, *self._chunks[0][1].shape[1:])
         all_ids, all_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for start, ids, weights in self._chunks:  # a preempted request computes positions again: the last word counts
+        for position, ids, weights in self._chunks:  # a preempted request computes positions again: the last word counts
+            start = position - first
             end = min(start + len(ids), num_tokens)
             if start < end:
                 all_ids[start:end], all_weights[start:end] = ids[: end - start], weights[: end - start]

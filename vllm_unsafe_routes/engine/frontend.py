@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from ..compiled import CompiledPlan
 from ..compiler import PlanCompiler
 from ..errors import RouteError
-from ..extras import KEYS, SCORE_KEY, RouteExtras, ScoreSpec
+from ..extras import KEYS, ROUTES_START_KEY, SCORE_KEY, RouteExtras, ScoreSpec
 from ..plan import RoutePlan
 from ..policy import ActivePolicy
 from ..wire import PLAN_KEY
@@ -86,6 +86,9 @@ class PlanGuard:
             # Routes are only known of tokens that this request computes itself.
             params.skip_reading_prefix_cache = True
         num_prompt = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
+        if extras.routes_start > num_prompt:
+            message = f"{ROUTES_START_KEY} {extras.routes_start} is out of range for a prompt of {num_prompt} tokens"
+            raise RouteError(message, "prompt")
         if extras.score is not None:
             check_score(extras.score, num_prompt, self.vocab_size)
         if extras.has_plan:

@@ -46,11 +46,17 @@ class _Open:
 
     def advance(self, step: StepProgress) -> None:
         self.progress = step
-        if step.route_ids is not None:
-            self.chunks.append((step.chunk_start, step.route_ids, step.route_weights))
+        if step.route_ids is not None and step.route_weights is not None:
+            known = max(0, self._routes_start() - step.chunk_start)
+            if known < len(step.route_ids):
+                self.chunks.append((step.chunk_start + known, step.route_ids[known:], step.route_weights[known:]))
         if step.scores is not None:
             self.scores[step.score_start : step.score_start + len(step.scores)] = step.scores
             self.scores_are_new = True
+
+    def _routes_start(self) -> int:
+        extras = self.context.extras if self.context is not None else None
+        return 0 if extras is None else extras.routes_start
 
     def news(self, active: ActivePolicy) -> dict[str, Any] | None:
         """Fields of the receipt that changed since the last call, as `assembly.py` reads them; None: none did."""
@@ -62,6 +68,7 @@ class _Open:
             plan = self.context.plan if self.context is not None else None
             news = {"plan": plan.digest if plan else None, "policy": active.digest, "cached_tokens": self.cached}
             news |= {"policy_mode": active.mode if active.policy is not None else None, "earlier_policies": self.earlier}
+            news["routes_start"] = self._routes_start()
         if self.progress is not None:
             news |= {"routes_set": self.progress.routes_set, "cached_tokens": self.progress.first_position}
         if self.chunks:
