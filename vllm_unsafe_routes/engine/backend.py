@@ -46,6 +46,9 @@ def _watch(core: Any) -> None:
         while (living := client()) is not None:
             if living.resources.engine_dead:
                 living.outputs_queue.put_nowait(EngineDeadError())
+                # Calls to the workers wait for an answer of their own.
+                for answer in list(living.utility_results.values()):
+                    answer.set_exception(EngineDeadError())
                 return
             del living
             time.sleep(_WATCH_SECONDS)
