@@ -36,11 +36,13 @@ class Cells:
 
     Attributes:
         prompt: int32 [prompt tokens].
-        target: int32 [target tokens], whose joint log-probability is the score.
+        target: int32 [num_rows, width], tokens whose log-probabilities are asked for: row r after r more tokens than the prompt. A
+            target that follows the prompt has width 1; candidates for the next token are one row.
         plan: the base plan's string, or None; it says whether weights are masked or native, for the moves too.
         num_candidates: candidates; one without a move is the base itself.
         moves: int32 [num_moves, 4]: candidate, layer, first position, one past the last position; in the order of candidates. Of
-            two moves of one candidate at the same cell the later holds, and a move holds where the base forces something else.
+            two moves of one candidate at the same cell the later holds, and a move holds where the base forces something else. A
+            move is for positions of the prompt, or for all tokens that the model reads: a mask.
         experts: int32 [num_moves, top_k], the experts of each move.
 
     """
@@ -54,14 +56,14 @@ class Cells:
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int], plan: str | None, candidates: Sequence[Sequence[Move]]) -> Cells:
-        """From the moves of each candidate. Raises `RouteError` for an empty prompt or target."""
+        """For a target that follows the prompt, from the moves of each candidate. Raises `RouteError` if one is empty."""
         if not len(prompt) or not len(target):
             raise RouteError("a score needs at least one prompt token and one target token")
         moves = [(at, *move[:3]) for at, one in enumerate(candidates) for move in one]
         experts = [move[3] for one in candidates for move in one]
         return cls(
             np.array(prompt, np.int32),
-            np.array(target, np.int32),
+            np.array(target, np.int32)[:, None],
             plan,
             len(candidates),
             np.array(moves, np.int32).reshape(-1, 4),
@@ -71,12 +73,12 @@ class Cells:
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """int32 [num_tokens], what the model reads: the prompt and all of the target but its last token."""
-        return np.concatenate([self.prompt, self.target[:-1]])
+        return np.concatenate([self.prompt, self.target[:-1, 0]])
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values and bytes."""
         arrays = {name: getattr(self, name).astype("<i4").tobytes() for name in ("prompt", "target", "moves", "experts")}
-        return {**arrays, "plan": self.plan, "num_candidates": self.num_candidates}
+        return {**arrays, "plan": self.plan, "num_candidates": self.num_candidates, "width": self.target.shape[1]}
 
     @classmethod
     def from_wire(cls, document: Mapping[str, Any], top_k: int) -> Cells:
@@ -86,14 +88,15 @@ class Cells:
             return np.frombuffer(document[name], "<i4")
 
         moves, experts = array("moves").reshape(-1, 4), array("experts").reshape(-1, top_k)
-        return cls(array("prompt"), array("target"), document["plan"], int(document["num_candidates"]), moves, experts)
+        target = array("target").reshape(-1, document["width"])
+        return cls(array("prompt"), target, document["plan"], int(document["num_candidates"]), moves, experts)
 
     def extras(self) -> list[RouteExtras]:
         """Each candidate as a request of its own, for an engine that cannot score cells: what travels beside `token_ids`."""
-        spec = ScoreSpec(len(self.prompt) - 1, self.target[:, None])
+        spec = ScoreSpec(len(self.prompt) - 1, self.target)
         plan = RoutePlan() if self.plan is None else RoutePlan.from_string(self.plan)
         forced = {
-            (item.layer, position): item.experts
+            (item.layer, position)
             for item in plan.directives
             if item.kind == "force" and not isinstance(item.positions, str)
             for position in item.positions
@@ -101,15 +104,17 @@ class Cells:
         found = []
         ends = np.searchsorted(self.moves[:, CANDIDATE], np.arange(self.num_candidates + 1))
         for start, end in itertools.pairwise(ends.tolist()):
-            cells = {
-                (layer, position): tuple(experts)
-                for (_, layer, first, last), experts in zip(
-                    self.moves[start:end].tolist(), self.experts[start:end].tolist(), strict=True
-                )
-                for position in range(first, last)
-            }
-            if len(cells) > _LONGEST_DELTA or not forced.keys().isdisjoint(cells):
-                found.append(RouteExtras(_with_forces(plan, forced | cells), score=spec))
+            cells: dict[tuple[int, int], tuple[int, ...]] = {}
+            masks: dict[int, tuple[int, ...]] = {}
+            for (_, layer, first, last), experts in zip(
+                self.moves[start:end].tolist(), map(tuple, self.experts[start:end].tolist()), strict=True
+            ):
+                if last > len(self.prompt):
+                    masks[layer] = experts
+                else:
+                    cells.update(((layer, position), experts) for position in range(first, last))
+            if masks or len(cells) > _LONGEST_DELTA or not forced.isdisjoint(cells):
+                found.append(RouteExtras(_with_forces(plan, cells, masks), score=spec))
             else:
                 delta = tuple(value for cell, experts in cells.items() for value in (*cell, *experts))
                 found.append(RouteExtras(self.plan, delta, score=spec))
@@ -136,8 +141,9 @@ class Cells:
         self._refuse((moves[:, CANDIDATE] < 0) | (moves[:, CANDIDATE] >= self.num_candidates), "the candidate is out of range")
         self._refuse(np.diff(moves[:, CANDIDATE], prepend=0) < 0, "moves must stand in the order of candidates")
         self._refuse(~np.isin(moves[:, LAYER], shape.moe_layers), f"MoE layers are {shape.describe_layers()}")
-        bad_span = (moves[:, START] < 0) | (moves[:, START] >= moves[:, END]) | (moves[:, END] > len(self.prompt))
-        self._refuse(bad_span, f"the prompt has {len(self.prompt)} tokens")
+        inside = (moves[:, START] >= 0) & (moves[:, START] < moves[:, END]) & (moves[:, END] <= len(self.prompt))
+        everywhere = (moves[:, START] == 0) & (moves[:, END] == len(self.token_ids))
+        self._refuse(~(inside | everywhere), f"the prompt has {len(self.prompt)} tokens")
         self._refuse(((experts < 0) | (experts >= shape.num_experts)).any(1), f"there are {shape.num_experts} experts")
         self._refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), "an expert is repeated")
         rows = np.arange(len(moves))[:, None]
@@ -154,21 +160,27 @@ class Cells:
             raise RouteError(f"{where}, experts {self.experts[at].tolist()}: {why}")
 
 
-def _with_forces(plan: RoutePlan, forced: Mapping[tuple[int, int], tuple[int, ...]]) -> str:
-    """A plan's string with these forces in the place of its own at listed positions."""
+def _with_forces(plan: RoutePlan, cells: Mapping[tuple[int, int], tuple[int, ...]], masks: Mapping[int, tuple[int, ...]]) -> str:
+    """A plan's string with forces at (layer, position) in the place of its own there, and at layers for all tokens."""
     made = RoutePlan(weights=plan.weights)
     for item in plan.directives:
-        if item.kind == "disable":
-            made.disable(item.layer, item.positions, item.experts)
-        elif item.kind == "allow":
-            made.allow(item.layer, item.positions, item.experts)
-        elif isinstance(item.positions, str):
+        if item.kind != "force":
+            change = made.disable if item.kind == "disable" else made.allow
+            change(item.layer, item.positions, item.experts)
+            continue
+        if isinstance(item.positions, str):
             made.force(item.layer, item.positions, item.experts, item.weights)
+            continue
+        kept = [position for position in item.positions if (item.layer, position) not in cells]
+        if kept:
+            made.force(item.layer, kept, item.experts, item.weights)
     grouped: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for (layer, position), experts in sorted(forced.items()):
+    for (layer, position), experts in sorted(cells.items()):
         grouped.setdefault((layer, experts), []).append(position)
     for (layer, experts), positions in grouped.items():
         made.force(layer, positions, experts)
+    for layer, experts in masks.items():
+        made.force(layer, "all", experts)
     return made.to_string()
 
 
@@ -177,12 +189,18 @@ class CellScores:
     """What comes back.
 
     Attributes:
-        values: float64 [num_candidates], joint log-probability of the target, in nats.
+        log_probs: float32 [num_candidates, num_rows, width], of the tokens asked for, in nats.
         tokens: tokens of all candidates, as if each was computed alone.
         computed_tokens: the work that was done, in tokens through all layers.
 
     """
 
-    values: npt.NDArray[np.float64]
+    log_probs: npt.NDArray[np.float32]
     tokens: int
     computed_tokens: int
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        """float64 [num_candidates], joint log-probability of the target, in nats."""
+        values: npt.NDArray[np.float64] = self.log_probs[:, :, 0].sum(axis=1, dtype=np.float64)
+        return values

@@ -288,7 +288,7 @@ def candidate_path() -> list[tuple[str, str]]:
         if len(items[0].moves):
             way.extend(dict.fromkeys([*makers[id(items[0])], *_stack(sys._getframe(1))]))
             raise _Arrived
-        return [CellScores(np.full(item.num_candidates, -9.0), 1, 1) for item in items]
+        return [CellScores(np.full((item.num_candidates, *item.target.shape), -9.0, np.float32), 1, 1) for item in items]
 
     def submit(self: HttpBackend, number: int, request: Request) -> None:
         self._in_flight.add(number)

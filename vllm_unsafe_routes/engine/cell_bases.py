@@ -17,7 +17,7 @@ from ..cells import Cells
 from ..compiled import NO_ROW
 from ..compiler import PlanCompiler
 
-Key = tuple[bytes, bytes, str | None]
+Key = tuple[bytes, str, str | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ class Base:
         cells: the prompt and the target.
         blocks: int64 [num_blocks], its KV blocks as indices into the reserve.
         routes: its plan.
-        log_probs: float32 [target tokens], on the device; None until it is computed.
+        log_probs: float32 [num_rows, width], of the target, on the device; None until it is computed.
 
     """
 
@@ -132,4 +132,4 @@ class Bases:
 
 
 def _key(cells: Cells) -> Key:
-    return cells.prompt.tobytes(), cells.target.tobytes(), cells.plan
+    return cells.prompt.tobytes(), repr(cells.target.tolist()), cells.plan

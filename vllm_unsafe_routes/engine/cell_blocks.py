@@ -72,7 +72,7 @@ def score_cells(core: Any, admission: Any, items: list[dict[str, Any]]) -> dict[
         items: `Cells.to_wire` of each.
 
     Returns:
-        `scores`, float64 bytes for each item, and `work`, tokens through all layers; or `error`, and `refused`: whether the
+        `scores`, float32 bytes for each item, and `work`, tokens through all layers; or `error`, and `refused`: whether the
         candidates are to blame and not the engine.
 
     """
@@ -123,6 +123,10 @@ def ask(client: Any, items: Sequence[Cells]) -> list[CellScores]:
     if "error" in said:
         raise (RouteError if said["refused"] else CellsUnavailable)(said["error"])
     return [
-        CellScores(np.frombuffer(values, "<f8"), item.num_candidates * len(item.token_ids), work)
+        CellScores(
+            np.frombuffer(values, "<f4").reshape(item.num_candidates, *item.target.shape),
+            item.num_candidates * len(item.token_ids),
+            work,
+        )
         for item, values, work in zip(items, said["scores"], said["work"], strict=True)
     ]

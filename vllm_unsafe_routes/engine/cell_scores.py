@@ -60,13 +60,15 @@ class Candidates(NamedTuple):
         of_item = np.repeat(np.arange(len(items)), counts)
         number = moves[:, CANDIDATE] + np.array([first for first, _, _ in items])[of_item]
         start = np.flatnonzero(np.diff(number, prepend=-1))
+        last_prompt = np.array([len(base.cells.prompt) - 1 for _, base, _ in items])
         layer = np.minimum.reduceat(moves[:, LAYER], start)
         ends = np.where(moves[:, LAYER] == np.repeat(layer, np.diff(start, append=len(moves))), moves[:, END], 0)
         return cls(
             [base for _, base, _ in items],
             of_item[start],
             number[start],
-            np.minimum.reduceat(moves[:, START], start),
+            # All scored rows are computed again, wherever the change begins.
+            np.minimum(np.minimum.reduceat(moves[:, START], start), last_prompt[of_item[start]]),
             layer,
             np.maximum.reduceat(ends, start),
             start,
@@ -107,7 +109,7 @@ class CellScorer:
             items: the candidates.
 
         Returns:
-            For each item float64 [num_candidates] and the work in tokens through all layers.
+            For each item float32 [num_candidates * num_rows, width] and the work in tokens through all layers.
 
         Raises:
             RouteError: the reserve is too small for an item.
@@ -185,7 +187,7 @@ class CellScorer:
         sequences = Sequences(bases, base, first, layer, span_end, tables, tables, moves_base=True)
         values = self.runner.run(self._memory, sequences, np.zeros((0, 4), np.int64), np.zeros((0, self._shape.top_k), np.int32))
         for one, value in zip(bases, values.split([len(one.cells.target) for one in bases]), strict=True):
-            one.log_probs = value
+            one.log_probs = value[:, : one.cells.target.shape[1]]
         return sequences.work(self.layers.num_layers)
 
     def _tables(self, bases: Sequence[Base]) -> np.ndarray:
@@ -197,8 +199,14 @@ class CellScorer:
         offsets = np.cumsum(counts) - counts
         lens = np.repeat([len(cells.target) for cells in items], counts)
         starts = np.cumsum(lens) - lens
-        # Float32 log-probabilities of every candidate's target tokens; a candidate without a move has its base's.
-        scores = torch.cat([base.log_probs.repeat(count) for base, count in zip(bases, counts.tolist(), strict=True)])  # type: ignore[union-attr]
+        # A candidate without a move has its base's.
+        scores = torch.zeros((int(lens.sum()), max(cells.target.shape[1] for cells in items)), device=self.layers.device)
+        at = 0
+        for base, count in zip(bases, counts.tolist(), strict=True):
+            assert base.log_probs is not None
+            rows, width = base.log_probs.shape
+            scores[at : at + count * rows, :width] = base.log_probs.repeat(count, 1)
+            at += count * rows
         if any(len(cells.moves) for cells in items):
             moved = [
                 (int(first), base, cells) for first, base, cells in zip(offsets, bases, items, strict=True) if len(cells.moves)
@@ -208,10 +216,12 @@ class CellScorer:
             for some in self._chunks(candidates):
                 sequences, values = self._draw(candidates, some)
                 number = candidates.number[some]
-                scores[upload(ranges(starts[number], lens[number]), torch.int64, scores.device)] = values
+                where = upload(ranges(starts[number], lens[number]), torch.int64, scores.device)
+                scores[where, : values.shape[1]] = values
                 np.add.at(work, of_item[candidates.base[some]], sequences.work(self.layers.num_layers))
-        joint = np.add.reduceat(scores.cpu().numpy().astype(np.float64), starts) if len(starts) else np.zeros(0)
-        return [(joint[first : first + count], round(cost)) for first, count, cost in zip(offsets, counts, work, strict=True)]
+        sizes = [cells.num_candidates * len(cells.target) for cells in items]
+        parts = np.split(scores.cpu().numpy(), np.cumsum(sizes)[:-1])
+        return [(part[:, : cells.target.shape[1]], round(cost)) for part, cells, cost in zip(parts, items, work, strict=True)]
 
     def _chunks(self, candidates: Candidates) -> Iterator[np.ndarray]:
         """Numbers of candidates that fit one sweep together; those of near layers, so that a sweep has few stages."""

@@ -29,7 +29,7 @@ def score_worker_cells(worker: Any, reserve: bytes, generation: int, items: list
         items: `Cells.to_wire` of each; the engine core has checked them.
 
     Returns:
-        `scores`, float64 bytes for each item, and `work`, tokens through all layers; or `error`.
+        `scores`, float32 bytes for each item, and `work`, tokens through all layers; or `error`.
 
     """
     controller = controller_of(worker)

@@ -60,7 +60,7 @@ class SweepRunner:
             experts: int32 [num_moves, top_k].
 
         Returns:
-            float32, the log-probability of each target token, one sequence after the other.
+            float32 [num_rows, width], the log-probabilities asked for, one sequence's rows after the other; the largest width.
 
         """
         device, bases, base = self._layers.device, sequences.bases, sequences.base
@@ -89,7 +89,9 @@ class SweepRunner:
         counts = np.array([len(target) for target in targets])[base]
         last_prompt = np.array([len(one.cells.prompt) - 1 for one in bases])[base]
         rows = upload(ranges(starts + last_prompt - sequences.first, counts), torch.int64, device)
-        wanted = upload(np.concatenate([targets[at] for at in base.tolist()]), torch.int64, device)[:, None]
+        width = max(target.shape[1] for target in targets)
+        padded = [np.pad(target, ((0, 0), (0, width - target.shape[1]))) for target in targets]
+        wanted = upload(np.concatenate([padded[at] for at in base.tolist()]), torch.int64, device)
         return self._log_probs(hidden, rows, wanted)
 
     def _log_probs(self, hidden: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,7 @@ class SweepRunner:
         for at, ids in zip(rows.split(self._rows_at_once), wanted.split(self._rows_at_once), strict=True):
             logits = self._layers.model.compute_logits(hidden[at])
             # A rank that does not gather the logits has none, and is not asked for scores.
-            pieces.append(torch.zeros(len(at), device=rows.device) if logits is None else log_probs(logits, ids)[:, 0])
+            pieces.append(torch.zeros(ids.shape, device=rows.device) if logits is None else log_probs(logits, ids))
         return torch.cat(pieces)
 
     def _table(self, contents: Sequence[np.ndarray], experts: np.ndarray, native: np.ndarray) -> RouteRows:

@@ -78,7 +78,7 @@ class Attempt:
 
     def count(self, scores: CellScores) -> None:
         """Add scored candidates to the totals."""
-        self.candidates += len(scores.values)
+        self.candidates += len(scores.log_probs)
         self.tokens += scores.tokens
         self.computed_tokens += scores.computed_tokens
 

@@ -247,8 +247,8 @@ class _Runner:
                 self._queue_cells(batch, at, cells)
             return
         for (batch, at, _), found in zip(waiting, scores, strict=True):
-            self.stats.requests += len(found.values)
-            self.stats.candidates += len(found.values)
+            self.stats.requests += len(found.log_probs)
+            self.stats.candidates += len(found.log_probs)
             self.stats.tokens += found.tokens
             self.stats.computed_tokens += found.computed_tokens
             self.answer(batch, at, found)
@@ -258,7 +258,7 @@ class _Runner:
         requests = [Request(token_ids, extras) for extras in cells.extras()]
 
         def finish(responses: list[Response]) -> None:
-            values = np.array([response.scores[:, 0].sum(dtype=np.float64) for response in responses])  # type: ignore[index]
+            values = np.array([response.scores for response in responses])
             computed = sum(response.computed_tokens for response in responses)
             self.answer(batch, at, CellScores(values, len(requests) * len(token_ids), computed))
 
