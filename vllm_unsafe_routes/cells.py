@@ -109,7 +109,7 @@ class Cells:
             for (_, layer, first, last), experts in zip(
                 self.moves[start:end].tolist(), map(tuple, self.experts[start:end].tolist()), strict=True
             ):
-                if last > len(self.prompt):
+                if (first, last) == (0, len(self.token_ids)):
                     masks[layer] = experts
                 else:
                     cells.update(((layer, position), experts) for position in range(first, last))

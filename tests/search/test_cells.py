@@ -8,9 +8,10 @@ from fsour_reference import REFUSED
 from tiny_models import VOCAB_SIZE
 
 from vllm_unsafe_routes import lab
-from vllm_unsafe_routes.search.backend import Stats, run_tasks
+from vllm_unsafe_routes.search.backend import Stats, run_search, run_tasks
 from vllm_unsafe_routes.search.fsour import STRATEGIES, FsourSettings, fsour_attempt
-from vllm_unsafe_routes.search.rosais import Prompt
+from vllm_unsafe_routes.search.masking import MaskSettings, mask_attack
+from vllm_unsafe_routes.search.rosais import LATER_LAYERS, Prompt, RosaisSettings, rosais
 from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
@@ -54,6 +55,31 @@ def test_lab_model(lab_backend, strategy):
     model = Model("lab")
     prompts = [model.item(record).prompt for record in read_prompts("lab:search", 3)]
     check_both_ways(lab_backend, prompts, FsourSettings(strategy=strategy, num_draws=4, max_new_tokens=2))
+
+
+@pytest.mark.parametrize("score", ["next", "target"])
+def test_masks_on_the_lab_model(lab_backend, score):
+    """RoSais and router masking: the same masks with the same gains."""
+    model = Model("lab")
+    prompts = [model.item(record).prompt for record in read_prompts("lab:search", 2)]
+    words = list(range(8, 14))
+
+    def found():
+        results = [
+            run_search(lab_backend, rosais(lab_backend, prompts[0], words, RosaisSettings(4, score=score, later_layers=later)))
+            for later in LATER_LAYERS
+        ]
+        masked = run_search(lab_backend, mask_attack(lab_backend, prompts, words, [1, 2, 0], MaskSettings(3, 5, score=score)))
+        gains = [gain for result in results for layer in sorted(result.gains) for gain in result.gains[layer]]
+        return [*gains, results[0].clean, masked.clean, masked.masked], [result.masks for result in results], masked.masks
+
+    lab_backend.has_cells = True
+    values, *masks = found()
+    assert lab_backend.has_cells
+    lab_backend.has_cells = False
+    expected, *other = found()
+    assert values == pytest.approx(expected, abs=1e-5) and masks == other
+    assert len({round(value, 4) for value in values}) > 12
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from ..cells import CellScores
 from ..errors import RouteError
 from ..plan import RoutePlan
-from .backend import Backend, Response, Search
+from .backend import Backend, Search
 from .masks import Experts, mask_plan, rng_of
 from .rosais import AffirmativeScore, Prompt
 from .scorer import check_length
@@ -106,23 +108,25 @@ def mask_attack(
     scores = [AffirmativeScore(prompt, affirmative, settings.score) for prompt in prompts]
     for prompt, score in zip(prompts, scores, strict=True):
         check_length(backend, len(score.request().token_ids), f"prompt {prompt.id}")
-    clean_responses: list[Response] = yield [score.request() for score in scores]
-    clean = _mean(scores, clean_responses)
+    answers: list[CellScores] = yield [score.cells(None, []) for score in scores]
+    clean = float(_means(scores, answers)[0])
     chosen: list[tuple[int, tuple[int, ...]]] = []
     best_value, candidates = clean, 0
     for layer in layers:
         if layer not in experts.searchable:
             continue
         sets = experts.draw_many(num_masks or settings.num_masks, layer, "search-mask", settings.seed, name)
-        plans = [mask_plan([*(chosen if settings.keep_earlier else ()), (layer, mask)], "all").to_string() for mask in sets]
-        responses: list[Response] = yield [score.request(plan) for plan in plans for score in scores]
-        values = [_mean(scores, responses[at : at + len(scores)]) for at in range(0, len(responses), len(scores))]
+        earlier = mask_plan(chosen, "all").to_string() if chosen and settings.keep_earlier else None
+        answers = yield [score.cells(earlier, [(layer, mask) for mask in sets]) for score in scores]
+        values = _means(scores, answers)
         best = int(np.argmax(values))
-        best_value = values[best]
+        best_value = float(values[best])
         chosen.append((layer, sets[best]))
         candidates += len(sets)
     return MaskResult(clean, best_value, tuple(chosen), candidates)
 
 
-def _mean(scores: Sequence[AffirmativeScore], responses: Sequence[Response]) -> float:
-    return float(np.mean([score.value(response) for score, response in zip(scores, responses, strict=True)]))
+def _means(scores: Sequence[AffirmativeScore], answers: Sequence[CellScores]) -> npt.NDArray[np.float64]:
+    """float64 [num_candidates], p(Q) of each candidate averaged over the prompts."""
+    means: npt.NDArray[np.float64] = np.mean([score.values(found) for score, found in zip(scores, answers, strict=True)], axis=0)
+    return means

@@ -9,17 +9,17 @@ A mask leaves exactly top_k experts and holds for every token. What the paper le
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from ..cells import Cells, Move
+from ..cells import Cells, CellScores, Move
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..plan import RoutePlan
 from .backend import Backend, Request, Response, Search
-from .masks import Experts, mask_plan
+from .masks import Experts
 from .scorer import check_length, joint, next_token_request, target_request
 
 SCORES = ("next", "target")
@@ -130,6 +130,22 @@ class AffirmativeScore:
         assert response.scores is not None
         return float(response.scores.max()) if self.score == "next" else joint(response) / len(self.prompt.target)
 
+    def cells(self, plan: str | None, masks: Sequence[tuple[int, tuple[int, ...]]]) -> Cells:
+        """The question for p(Q) under each mask, (layer, experts), on top of a plan; without a mask, under the plan alone."""
+        prompt = self.prompt
+        num_tokens = len(prompt.token_ids) + (0 if self.score == "next" else len(prompt.target) - 1)
+        candidates: list[list[Move]] = [[(layer, 0, num_tokens, experts)] for layer, experts in masks] or [[]]
+        if self.score == "target":
+            return prompt.cells(plan, candidates)
+        cells = Cells.of(prompt.token_ids, self.affirmative[:1], plan, candidates)
+        return replace(cells, target=np.array([self.affirmative], np.int32))
+
+    def values(self, scores: CellScores) -> list[float]:
+        """p(Q) of each candidate, in nats."""
+        if self.score == "next":
+            return [float(value) for value in scores.log_probs.max(axis=(1, 2))]
+        return [float(value) / len(self.prompt.target) for value in scores.values]
+
 
 def rosais(
     backend: Backend, prompt: Prompt, affirmative: Sequence[int], settings: RosaisSettings, draws_for: str | None = None
@@ -152,28 +168,21 @@ def rosais(
     keep_clean = settings.later_layers == "clean"
     if keep_clean:
         clean_request = Request(clean_request.token_ids, RouteExtras(wants_routes=True, score=clean_request.extras.score))
-    (clean_response,) = yield [clean_request]
-    clean = score.value(clean_response)
+        (clean_response,) = yield [clean_request]
+        clean = score.value(clean_response)
+    else:
+        (found,) = yield [score.cells(None, [])]
+        (clean,) = score.values(found)
     masks = {
         layer: experts.draw_many(settings.num_masks, layer, "mask", settings.seed, draws_for or prompt.id)
         for layer in experts.searchable
     }
-    requests = []
+    questions = []
     for layer, sets in masks.items():
-        # The clean routes travel as one string and each mask as one more force on top of it.
         later = _replay(clean_response, backend, layer, len(clean_request.token_ids)) if keep_clean else None
-        for chosen in sets:
-            plan = mask_plan([(layer, chosen)], "all")
-            if later is not None:
-                for item in later.directives:
-                    plan.force(item.layer, item.positions, item.experts, item.weights)
-            requests.append(score.request(plan.to_string()))
-    responses: list[Response] = yield requests
-    gains: dict[int, list[float]] = {}
-    at = 0
-    for layer, sets in masks.items():
-        gains[layer] = [score.value(response) - clean for response in responses[at : at + len(sets)]]
-        at += len(sets)
+        questions.append(score.cells(None if later is None else later.to_string(), [(layer, chosen) for chosen in sets]))
+    answers: list[CellScores] = yield questions
+    gains = {layer: [value - clean for value in score.values(scores)] for layer, scores in zip(masks, answers, strict=True)}
     return RosaisResult(clean, gains, masks)
 
 
