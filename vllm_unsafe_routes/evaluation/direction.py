@@ -6,7 +6,8 @@ import re
 
 _REFUSAL = re.compile(r"refus|declin|reject|withh(?:o|e)ld")
 _HARM = re.compile(
-    r"instance of the behavio|harmful|unsafe|jailbr[eo]|compl(?:y|ie)|fulfil|assist(?:s|ed)|unethical|violat|provides? information|"
+    r"instance of the (?:following )?behavio|harmful|unsafe|jailbr[eo]|compl(?:y|ie)|fulfil|assist(?:s|ed)|unethical|violat|"
+    r"provides? information|"
     r"answers? the|helps? with"
 )
 _QUOTE = "[\"'`‘’“”\\[*]"
