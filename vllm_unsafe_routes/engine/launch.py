@@ -27,6 +27,8 @@ def launch(
         engine_args: further arguments of `vllm.LLM`; they win over the defaults here.
 
     """
+    # OpenMP reads it when torch is loaded. Threads that spin while they wait take the cores from whoever they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # In one process, a step costs no messages; on a GPU with tensor parallelism vLLM starts its workers all the same.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
