@@ -16,6 +16,7 @@ help:
 	@echo "make test-long  a thousand random requests through both runners, fifteen kills of a campaign (more than an hour)"
 	@echo "make test-cuda-binding  every MoE architecture of vLLM's CUDA builds, bound without a GPU (Python 3.12, 10 GB of downloads"
 	@echo "                and disk, half an hour); make cuda-binding rewrites the table instead of comparing it"
+	@echo "make test-033   the engine's tests on vLLM 0.33's Python over the compiled parts of 0.32 (sets it up first: 340 MB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
@@ -148,5 +149,32 @@ test-cuda-binding: $(CUDA_ROWS)
 cuda-binding: $(CUDA_ROWS)
 	$(BIN)/python tests/cuda_binding/table.py $(foreach release,$(CUDA_RELEASES),$(release)=$(CUDA_VENV)/rows-$(release))
 
+# A release of vLLM that has no CPU build: its Python over the compiled parts of the build in $(VENV) (docs/decisions/new-vllm.md).
+# 340 MB of downloads, of which the Python is kept.
+NEXT_RELEASE := 0.33.0
+NEXT_VENV := .venv-033
+NEXT_STAMP := $(NEXT_VENV)/.ready
+# What leans on vLLM most: symbols, parity of all families, refusals, the watch, policy modes, the prefix cache, the server.
+NEXT_TESTS := $(addprefix tests/engine/test_,symbols.py refusals.py watch.py parity.py policy_modes.py prefix_cache.py identity.py \
+  held.py features.py doctor.py server.py)
+.PHONY: setup-033 test-033
+
+setup-033: $(NEXT_STAMP)
+
+$(NEXT_STAMP): $(STAMP) tests/support/next_release.py
+	rm -rf $(NEXT_VENV)
+	$(PYTHON) -m venv $(NEXT_VENV)
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: -d $(NEXT_VENV)/wheel vllm==$(NEXT_RELEASE)
+	$(BIN)/python tests/support/next_release.py $(NEXT_VENV) $(NEXT_VENV)/wheel/vllm-$(NEXT_RELEASE)-*.whl
+	rm -r $(NEXT_VENV)/wheel
+	$(NEXT_VENV)/bin/python -m pip install -q --ignore-installed --no-deps orjson "setuptools>=77"
+	$(NEXT_VENV)/bin/python -m pip install -q --ignore-installed --no-deps --no-build-isolation -e .
+	touch $@
+
+test-033: setup-033
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(NEXT_VENV)/bin/python -m pytest -q -p no:cacheprovider -m "not long and not v2_only" $(NEXT_TESTS)
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v2 $(NEXT_VENV)/bin/python -m pytest -q -p no:cacheprovider -m "not long and not v1_only" \
+	  tests/engine/test_parity.py tests/engine/test_features.py
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(NEXT_VENV)

@@ -167,6 +167,9 @@ def check_exact(options: dict[str, Any]) -> Talk:
         enliven(llm, shape.num_experts)
         extras: list[dict[str, Any] | None] = [{"return_routes": True, **(plan.extra_args() if plan else {})} for plan in plans]
         outputs = generate(llm, prompts, extras, max_tokens=24 if run.on_gpu else 6)
+        counts = llm.llm_engine.engine_core.engine_core.unsafe_routes_status()["counts"]
+    # Every layer's router was asked in every step, by the marks that the kernel leaves; in replays too.
+    assert not any(counts["missed"]) and not any(counts["num_nan"]), counts
     probe.remove()
     compared = Compared(config)
     for prompt, plan, output in zip(prompts, plans, outputs, strict=True):

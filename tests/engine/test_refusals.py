@@ -107,9 +107,12 @@ def zero_expert_router():
 
 
 def simulator_router():
+    """The class itself; its constructor differs between releases."""
     from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import RoutingSimulatorRouter
 
-    return RoutingSimulatorRouter(**SIZE)
+    router = object.__new__(RoutingSimulatorRouter)
+    router.__dict__.update(SIZE)
+    return router
 
 
 def aiter_router():
