@@ -1,7 +1,7 @@
 """A newer vLLM's Python over an installed CPU build's compiled parts: `next_release.py VENV WHEEL`, run by the build's interpreter.
 
-There may be no CPU build of a release yet. Its Python is the same for all platforms, so most of what the plugin relies on can be run
-all the same: docs/decisions/new-vllm.md says what that shows and what not. Only links are made to the build's files.
+There may be no CPU build of a release yet. Its Python is the same for all platforms, so most of what the plugin relies on can be
+run all the same: docs/decisions/new-vllm.md says what that shows and what not. Only links are made to the build's files.
 """
 
 from __future__ import annotations
