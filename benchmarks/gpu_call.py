@@ -1,7 +1,7 @@
 """One prepared call on a GPU host: unpack an engine, lay out the project beside it, then one part after another by its deadline.
 
     UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 1      # checks, kernel, serving: 320 s
-    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, identity: 300 s
+    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, full graphs: 300 s
     python3 benchmarks/gpu_call.py 1 --rehearse                        # every step on CPU, tiny; no figure counts
 
 Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if
@@ -56,42 +56,29 @@ class Part:
         return f"{self.script.removesuffix('.py')} {self.words}"
 
 
-CHECKS = "--jobs 5 --only kernels,exact-olmoe,mode-eager,agree-olmoe,exact-deepseek_v2_lite"
+CHECKS = "--jobs 6 --only kernels,replays,identity,exact-olmoe,agree-olmoe,exact-deepseek_v2_lite"
 SHAPES = "OLMoE,DeepSeek-V2-Lite,Mixtral,DeepSeek-V3"
-# Rounds go on until the time is up. Latent attention has no full graphs of mixed batches.
+SERVING = "--models olmoe --engines routes,policy --rounds 99"
+# Rounds go on until the time is up. Eager engines start soonest, and cells replay no graph.
 CALLS = {
     "1": (
-        Part(125, "routes_exact.py", CHECKS),
-        Part(190, "kernel_speed.py", f"--only {SHAPES}"),
-        Part(320, "serving_cost.py", "--models olmoe --rounds 99"),
-    ),
-    "serving": (
-        Part(125, "serving_cost.py", "--models olmoe --rounds 99"),
-        Part(245, "search_speed.py", "--models olmoe --mode full --agreed"),
+        Part(130, "routes_exact.py", CHECKS),
+        Part(172, "kernel_speed.py", f"--only {SHAPES}"),
+        Part(320, "serving_cost.py", SERVING),
     ),
     "2": (
-        Part(130, "search_speed.py", "--models olmoe --mode full --agreed"),
-        Part(260, "search_speed.py", "--models deepseek_v2_lite --agreed --rounds 2"),
-        Part(300, "routes_exact.py", "--only identity"),
+        Part(120, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
+        Part(260, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
+        Part(300, "routes_exact.py", "--only exact-olmoe --mode full"),
     ),
     "eager": (
-        Part(120, "serving_cost.py", "--models olmoe --mode eager --rounds 99"),
-        Part(210, "search_speed.py", "--models olmoe --mode eager --agreed"),
-        Part(300, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 2"),
-    ),
-    # How fast cells are: eager engines start soonest, and nothing of a search replays a graph.
-    "cells": (Part(100, "search_speed.py", "--models olmoe --mode eager --rounds 2"),),
-    "cells-latent": (Part(100, "search_speed.py", "--models deepseek_v2_lite --mode eager --rounds 2"),),
-    # What was still open on 26 November 2026: the mended kernel, serving without the eager engine, cells.
-    "rest": (
-        Part(50, "routes_exact.py", "--jobs 2 --only kernels,identity"),
-        Part(88, "kernel_speed.py", f"--only {SHAPES}"),
-        Part(165, "serving_cost.py", "--models olmoe --engines routes,policy --rounds 99"),
-        Part(258, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 2"),
+        Part(120, "serving_cost.py", f"{SERVING} --mode eager"),
+        Part(210, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
+        Part(300, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
     ),
     "again": (
-        Part(125, "routes_exact.py", CHECKS),
-        Part(255, "serving_cost.py", "--models olmoe --rounds 99"),
+        Part(130, "routes_exact.py", CHECKS),
+        Part(320, "serving_cost.py", SERVING),
     ),
 }
 

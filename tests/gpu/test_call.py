@@ -51,7 +51,7 @@ def test_a_small_call(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(4000)
-@pytest.mark.parametrize("call", ["1", "2", "eager", "cells-latent"])
+@pytest.mark.parametrize("call", ["1", "2", "eager"])
 def test_a_whole_call(tmp_path, call):
     """Every part of it; a busy machine with two cores gets four times the seconds."""
     done, rows = rehearse(tmp_path, call, "--slower", "4", timeout=3600)
