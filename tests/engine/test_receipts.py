@@ -1,8 +1,13 @@
 """Receipts of requests that end in other ways than by length: a stop string, an abort; and of every sample of a request."""
 
 import hashlib
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
+import engines
 import numpy as np
 import pytest
 from engines import engine, generate, random_prompt
@@ -125,6 +130,29 @@ def test_many_requests_that_end_in_their_own_ways(llm, whole):
     assert {output.outputs[0].finish_reason for output in outputs} >= {"stop"}
 
 
+@pytest.mark.v1_only  # stock vLLM's drafter for the V2 runner has a kernel that Triton's interpreter cannot run
+@pytest.mark.long
+def test_a_stop_string_amid_accepted_drafts():
+    """In a process of its own: with numba, which the drafter imports, vLLM cannot start another engine in the same process."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parent)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def check_stop_strings_amid_drafts():
+    """Several tokens come in one step; those after the stop string do not count."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(model_path(), {"policy": POLICY}, skip_tokenizer_init=False, speculative_config=drafts) as llm:
+        (plain,) = generate(llm, [PROMPT], [None], max_tokens=40, detokenize=True)
+        words = plain.outputs[0].text.split()
+        for at in range(3, 30):
+            (output,) = generate(llm, [PROMPT], [None], max_tokens=40, detokenize=True, stop=[" ".join(words[at : at + 2])])
+            receipt = receipt_of(output)
+            assert output.outputs[0].finish_reason == "stop"
+            assert receipt.tokens == len(PROMPT) + len(output.outputs[0].token_ids) < len(PROMPT) + 40
+            assert receipt.policy == receipt_of(plain).policy
+
+
 def test_an_output_without_a_receipt_says_why():
     with engine(model_path(), {"allow_overrides": True}) as llm:
         (output,) = generate(llm, [PROMPT], [None])
@@ -132,3 +160,7 @@ def test_an_output_without_a_receipt_says_why():
             receipt_of(output)
         with pytest.raises(RouteError, match="no receipt"):
             receipts_of(output)
+
+
+if __name__ == "__main__":
+    check_stop_strings_amid_drafts()

@@ -163,6 +163,17 @@ def test_a_bad_plan_is_a_400_at_every_endpoint(started, name):
     assert "expert 0 is disabled by the engine's policy" in answer.text
 
 
+@pytest.mark.parametrize("name", ["completions", "chat", "tokens", "messages"])
+def test_a_bad_plan_is_a_400_where_the_answer_would_be_streamed(started, name):
+    """vLLM's server has sent 200 before it makes the engine request of a stream."""
+    messages = ("/v1/messages", {"model": "tiny", "messages": MESSAGES, "max_tokens": 6})
+    path, body = {**STREAMS, "messages": messages}[name]
+    answer = post(started, path, {**body, "vllm_xargs": FORBIDDEN, "stream": True})
+    assert answer.status_code == 400, answer.text
+    assert "expert 0 is disabled by the engine's policy" in answer.json()["error"]["message"]
+    assert post(started, path, {**body, "vllm_xargs": XARGS, "stream": True}).status_code == 200
+
+
 def test_stop_strings_of_a_streaming_client(started):
     whole = post(started, "/v1/chat/completions", {**CHAT, "max_tokens": 12, "vllm_xargs": XARGS}).json()
     words = whole["choices"][0]["message"]["content"].split()

@@ -2,7 +2,8 @@
 
 vLLM's endpoints carry the receipt of one request at most, and mostly where they do not stream; some drop `vllm_xargs`. Here every
 HTTP request has an `HttpAnswer`, which the engine requests made for it find as a context variable. It hands them `vllm_xargs`,
-collects their receipts, and puts these into the answer's `kv_transfer_params`: of a stream, into the chunk that ends the choice.
+collects their receipts, and puts these into the answer's `kv_transfer_params`: of a stream, into the chunk that ends the choice. A
+refused plan is a 400 also where the answer would be streamed; vLLM says 200 before it makes a stream's engine requests.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
 from ..extras import KEYS
@@ -35,6 +37,8 @@ class HttpAnswer:
         self._num_requests = 0
         # A beam search makes an engine request a token and beam; none of their receipts is one of the answer.
         self.is_beam_search = False
+        # What is wrong with a plan, in the form of vLLM's errors.
+        self.refusal: bytes | None = None
         # Travelling form of the receipts by choice: sample s of the p-th prompt is p * n + s.
         self.receipts: dict[int, dict[str, Any]] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
@@ -50,6 +54,11 @@ class HttpAnswer:
 
         return receive_and_keep
 
+    def asks_for_routes(self) -> bool:
+        """Whether the request may have something for us."""
+        body = b"".join(self._body)
+        return any(key.encode() in body for key in KEYS)
+
     def xargs(self) -> dict[str, Any]:
         """What the request's `vllm_xargs` has for us."""
         body = b"".join(self._body)
@@ -61,6 +70,11 @@ class HttpAnswer:
             return {}
         xargs = document.get(_XARGS) if isinstance(document, Mapping) else None
         return {key: xargs[key] for key in KEYS if key in xargs} if isinstance(xargs, Mapping) else {}
+
+    def refuse(self, message: str, parameter: str) -> None:
+        """The plan of a request is refused."""
+        error = {"message": message, "type": "BadRequestError", "param": parameter, "code": HTTPStatus.BAD_REQUEST.value}
+        self.refusal = json.dumps({"error": error}).encode()
 
     def attach(self, queue: Any) -> None:
         """Collect the receipts of an engine request; `queue` is vLLM's `RequestOutputCollector` of it."""
@@ -133,36 +147,59 @@ class RouteAnswers:
         answer = HttpAnswer()
         token = _answer.set(answer)
         try:
-            await self._app(scope, answer.keeping(receive), _completing(answer, send))
+            await self._app(scope, answer.keeping(receive), _Completing(answer, send))
         finally:
             _answer.reset(token)
 
 
-def _completing(answer: HttpAnswer, send: Send) -> Send:
-    """`send`, with the receipts put into what passes through it."""
-    held: list[Message] = []
-    is_stream = False
+class _Completing:
+    """`send`, with the receipts put into what passes through it.
 
-    async def send_completed(message: Message) -> None:
-        nonlocal is_stream
+    Args:
+        answer: has the receipts.
+        send: of the server.
+
+    """
+
+    def __init__(self, answer: HttpAnswer, send: Send) -> None:
+        self._answer = answer
+        self._send = send
+        self._held: Message | None = None
+        self._is_stream = False
+        self._is_refused = False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = dict(message.get("headers", ()))
-            is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if message["status"] == 200 and not is_stream:
-                # Its length is known when the body is.
-                held.append(message)
+            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            if message["status"] == HTTPStatus.OK and (not self._is_stream or self._answer.asks_for_routes()):
+                # Its length, or whether it is a 200 at all, is known when the body is.
+                self._held = message
                 return
-        elif message["type"] == "http.response.body" and is_stream:
-            message = {**message, "body": answer.complete_chunk(message.get("body", b""))}
-        elif message["type"] == "http.response.body" and held:
-            start = held.pop()
-            if not message.get("more_body"):
-                message = {**message, "body": answer.complete(message.get("body", b""))}
-                start["headers"] = _with_length(start.get("headers", ()), len(message["body"]))
-            await send(start)
-        await send(message)
+        elif message["type"] == "http.response.body":
+            if self._is_refused:
+                return
+            message = {**message, **await self._start_and_complete(message)}
+        await self._send(message)
 
-    return send_completed
+    async def _start_and_complete(self, message: Message) -> Message:
+        """Send the start, if it waits, and give the body that follows."""
+        body, start = message.get("body", b""), self._held
+        self._held = None
+        if start is not None and self._is_stream and self._answer.refusal is not None:
+            self._is_refused = True
+            body = self._answer.refusal
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await self._send({**start, "status": HTTPStatus.BAD_REQUEST.value, "headers": headers})
+            return {"body": body, "more_body": False}
+        if self._is_stream:
+            body = self._answer.complete_chunk(body)
+        elif start is not None and not message.get("more_body"):
+            body = self._answer.complete(body)
+            start["headers"] = _with_length(start.get("headers", ()), len(body))
+        if start is not None:
+            await self._send(start)
+        return {"body": body}
 
 
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:

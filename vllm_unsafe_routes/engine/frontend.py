@@ -75,7 +75,11 @@ class PlanGuard:
                 self.num_accepted += extras.has_plan
         except RouteError as error:
             self.refused[error.reason] += 1
-            raise RouteRequestError(str(error), parameter=_parameter(str(error), params)) from None
+            parameter, answer = _parameter(str(error), params), current_answer()
+            refused = RouteRequestError(str(error), parameter=parameter)
+            if answer is not None:
+                answer.refuse(str(refused), parameter)
+            raise refused from None
 
     def _check(self, request: Any, params: Any, extras: RouteExtras) -> None:
         if self.config is None or self.compiler is None or not self.config.allow_overrides:
