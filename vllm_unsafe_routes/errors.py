@@ -18,3 +18,7 @@ class RouteError(ValueError):
     def __init__(self, message: str, reason: str = "invalid") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class EngineEnded(RouteError):
+    """The process of an engine has ended; what was finished before is kept."""

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         epilog="Example: unsafe-routes fsour --model lab --data lab:test --limit 16 --strategy adaptive --dtype float32 "
         "--out runs/fsour",
     )
-    add_model_options(parser)
+    add_model_options(parser, ray=True)
     add_data_options(parser)
     add_judge_options(parser, stop=True)
     add_fsour_options(parser)

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         epilog="Example: unsafe-routes mask-attack --model lab --data lab:test --limit 24 --rosais runs/rosais --layers 1,2 "
         "--dtype float32 --out runs/masks",
     )
-    add_model_options(parser)
+    add_model_options(parser, ray=True)
     add_data_options(parser)
     add_judge_options(parser)
     group = parser.add_argument_group("router masking")

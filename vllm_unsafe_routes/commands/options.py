@@ -30,13 +30,13 @@ def attribute_sentences(settings: type) -> dict[str, str]:
     return {name: " ".join(text.split()).removesuffix(".") for name, text in found}
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, server: bool = True, policy: bool = True) -> None:
-    """Where the model runs; without `server` in this process only, without `policy` on an engine that has none."""
+def add_model_options(parser: argparse.ArgumentParser, *, server: bool = True, ray: bool = False, policy: bool = True) -> None:
+    """Where the model runs; without `server` and `ray` in this process only, without `policy` on an engine that has none."""
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model", required=True, help="a Hugging Face folder, or 'lab': the harmless model that ships with this package"
     )
-    parser.set_defaults(server=[], policy=None)
+    parser.set_defaults(server=[], ray=None, policy=None)
     if server:
         group.add_argument(
             "--server",
@@ -44,6 +44,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, server: bool = True, p
             metavar="URL",
             help="run on this server instead of an engine in this process (vLLM's, started with --enable-route-overrides); "
             "repeat it for replicas of the same model",
+        )
+    if ray:
+        group.add_argument(
+            "--ray",
+            nargs="?",
+            const="",
+            metavar="ADDRESS",
+            help="run on a Ray cluster: one engine on every GPU (or tensor-parallel group of them), on every core where there is "
+            "no GPU. host:port, or auto for a cluster that runs on this machine; without ADDRESS that of RAY_ADDRESS, else one "
+            "that starts and ends with the command",
         )
     if policy:
         which = "the engine enforces (or that the servers enforce)" if server else "the engine enforces"
@@ -194,6 +204,7 @@ def setup_of(args: argparse.Namespace) -> dict[str, Any]:
         "seeds": seeds_of(args.seeds),
         "engine": EngineSettings(
             servers=tuple(args.server),
+            ray=args.ray,
             policy=RoutePolicy.load(args.policy) if args.policy else None,
             max_model_len=args.max_model_len,
             dtype=args.dtype,

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "log-probability of an affirmative first token. Prints a table by layer; records every gain of every mask.",
         epilog="Example: unsafe-routes rosais --model lab --data lab:search --limit 16 --dtype float32 --out runs/rosais",
     )
-    add_model_options(parser)
+    add_model_options(parser, ray=True)
     add_data_options(parser)
     group = parser.add_argument_group("RoSais")
     group.add_argument("--masks", type=int, default=20, help="S1, random masks a layer (default: 20)")

@@ -15,7 +15,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..cells import Cells, CellScores
-from ..errors import RouteError
+from ..errors import EngineEnded, RouteError
 from ..receipt import receipt_of
 from ..search.backend import About, Request, Response, own_versions
 from .cell_blocks import CellsUnavailable, ask
@@ -102,7 +102,7 @@ class EngineBackend:
         try:
             self.engine.add_request(f"{self._prefix}{number}", TokensPrompt(prompt_token_ids=list(request.token_ids)), params)
         except EngineDeadError as error:
-            raise RouteError(_ENDED) from error
+            raise EngineEnded(_ENDED) from error
         self._lengths[number] = len(request.token_ids)
 
     def score_cells(self, items: Sequence[Cells]) -> list[CellScores] | None:
@@ -112,7 +112,7 @@ class EngineBackend:
         try:
             return ask(self.engine.engine_core, items)
         except EngineDeadError as error:
-            raise RouteError(_ENDED) from error
+            raise EngineEnded(_ENDED) from error
         except CellsUnavailable as error:
             logger.warning("Candidates are scored as requests: %s", error)
             self.has_cells = False
@@ -126,7 +126,7 @@ class EngineBackend:
                 outputs = self.engine.step()
             except EngineDeadError as error:
                 self._lengths.clear()
-                raise RouteError(_ENDED) from error
+                raise EngineEnded(_ENDED) from error
             for output in outputs:
                 if output.finished and output.request_id.startswith(self._prefix):
                     number = int(output.request_id.removeprefix(self._prefix))

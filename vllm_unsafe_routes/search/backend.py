@@ -164,6 +164,11 @@ class Stats:
     tokens: int = 0
     computed_tokens: int = 0
 
+    def add(self, other: Stats) -> None:
+        """Add another's totals to these."""
+        for name in ("requests", "candidates", "tokens", "computed_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass(slots=True, eq=False)
 class _Batch:
@@ -174,7 +179,7 @@ class _Batch:
     missing: int
 
 
-class _Runner:
+class Runner:
     """The open searches of a `run_tasks`, and what each of them waits for.
 
     Args:
@@ -235,6 +240,12 @@ class _Runner:
             raise value
         if not batch.missing:
             batch.finish(batch.answers)
+
+    def turn(self) -> None:
+        """Ask for what searches need, and take what is finished."""
+        self.score_cells()
+        self.submit()
+        self.collect()
 
     def score_cells(self) -> None:
         """Have the backend score the cells of all searches together; where it cannot, they become requests."""
@@ -332,7 +343,7 @@ def run_tasks(
         RouteError: a request was refused or failed. What a call raises comes through as it is.
 
     """
-    runner = _Runner(backend, stats if stats is not None else Stats(), note)
+    runner = Runner(backend, stats if stats is not None else Stats(), note)
     source = iter(tasks)
     exhausted = False
     try:
@@ -343,9 +354,7 @@ def run_tasks(
                     exhausted = True
                 else:
                     runner.start(*task)
-            runner.score_cells()
-            runner.submit()
-            runner.collect()
+            runner.turn()
             while runner.finished:
                 yield runner.finished.popleft()
             if exhausted and not runner.open_searches:

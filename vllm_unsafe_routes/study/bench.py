@@ -41,6 +41,10 @@ class Bench:
     others: Mapping[str, Callable[..., Verdict]] = field(default_factory=dict)
     stop: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A job goes to another process with the name of its bench only.
+        return _here, ()
+
     @property
     def stop_judge(self) -> Callable[..., Verdict]:
         """Whose verdict ends a search."""
@@ -66,6 +70,15 @@ class Bench:
             completion=self.model.decode(token_ids) if keep and token_ids is not None else None,
             others={name: Opinion(success=one.harmful, score=one.score, error=one.error) for name, one in others.items()} or None,
         )
+
+
+# The bench of an actor's process.
+here: Bench | None = None
+
+
+def _here() -> Bench:
+    assert here is not None
+    return here
 
 
 @contextmanager

@@ -7,7 +7,7 @@ the same command asks it again, and only it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,12 @@ from ..errors import RouteError
 from ..evaluation.judges import Verdict
 from ..extras import RouteExtras
 from ..plan import RoutePlan
-from ..search.backend import Backend, Call, Request, Search, run_tasks
+from ..search.backend import Backend, Call, Request, Search, Stats, run_tasks
 from ..search.masking import MaskResult, MaskSettings, choose_layers, mask_attack
 from ..search.rosais import RosaisSettings, rosais
 from .bench import Bench
 from .campaign import Campaign, CampaignError
+from .cluster import RayEngines, RemoteJob
 from .cost import Meter
 from .model import Item
 from .progress import CleanStop, progress_bar
@@ -233,6 +234,17 @@ class _Folder:
             self.campaign.append(place, record)
 
 
+def _run(
+    backend: Backend, jobs: Iterable[Job], folder: _Folder, *, concurrency: int, stats: Stats, stop: CleanStop
+) -> Iterator[tuple[Any, Any]]:
+    """(key, record) of the jobs in the order in which they end; their notes are kept on the way."""
+    notes = folder.earlier
+    how: Any = dict(concurrency=concurrency, stats=stats, stop=lambda: bool(stop), note=folder.note)
+    if isinstance(backend, RayEngines):
+        return backend.run((RemoteJob(key, make, list(notes.get(key, []))) for key, make in jobs), **how)
+    return run_tasks(backend, ((key, make(notes.get(key, []))) for key, make in jobs), **how)
+
+
 def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], what: What, *, concurrency: int = 64) -> None:
     """Run the jobs that the campaign has no result of, or one whose judge erred; each result is a record under the job's key.
 
@@ -241,7 +253,7 @@ def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], what: Wh
         backend: where requests run.
         jobs: (key, function that takes the job's earlier notes and makes its search).
         what: what is run.
-        concurrency: jobs in flight.
+        concurrency: jobs in flight on one engine.
 
     Raises:
         Interrupted: Ctrl-C; run the same command again to go on.
@@ -254,11 +266,8 @@ def run_jobs(campaign: Campaign, backend: Backend, jobs: Sequence[Job], what: Wh
         CleanStop("stopping; what is finished is kept") as stop,
         progress_bar(len(jobs), "prompts", initial=len(jobs) - len(open_jobs), label=what.label) as progress,
     ):
-        tasks = ((key, make(folder.earlier.get(key, []))) for key, make in open_jobs)
         try:
-            for key, record in run_tasks(
-                backend, tasks, concurrency=concurrency, stats=meter.stats, stop=lambda: bool(stop), note=folder.note
-            ):
+            for key, record in _run(backend, open_jobs, folder, concurrency=concurrency, stats=meter.stats, stop=stop):
                 folder.result(key, record)
                 still_open += record.open
                 progress.update()

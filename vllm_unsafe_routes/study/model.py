@@ -86,6 +86,10 @@ class Model:
             raise RouteError(f"model {name!r}: {config} cannot be read: {error}") from None
         self.shape = ModelShape.from_hf_config(self.config.get("text_config", self.config))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: another machine has the folder of `lab` elsewhere.
+        return Model, (self.name,)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""

@@ -155,9 +155,8 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
 
 
 def _fsour_job(bench: Bench, settings: FsourSettings, item: Item, library: Library | None, plain: Mapping[str, Answer]) -> Job:
-    return (settings.seed, item.prompt.id), lambda so_far: fsour_record(
-        bench, item, settings, library, so_far, plain.get(item.prompt.id)
-    )
+    own = plain.get(item.prompt.id)
+    return (settings.seed, item.prompt.id), lambda so_far: fsour_record(bench, item, settings, library, so_far, own)
 
 
 def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) -> Library:

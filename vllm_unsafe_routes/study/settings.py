@@ -21,6 +21,7 @@ class EngineSettings:
 
     Attributes:
         servers: base URLs of replicas; empty: an engine in this process.
+        ray: address of a Ray cluster whose actors are engines, empty for what Ray finds; None: no cluster.
         policy: what the engine enforces, or the servers.
         max_model_len: longest request in tokens; None: the model's own.
         dtype: of the weights, as vLLM takes it; "float32" makes scores repeatable to 1e-6.
@@ -30,11 +31,21 @@ class EngineSettings:
     """
 
     servers: tuple[str, ...] = ()
+    ray: str | None = None
     policy: RoutePolicy | None = None
     max_model_len: int | None = None
     dtype: str = "auto"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 64
+
+    def __post_init__(self) -> None:
+        if self.servers and self.ray is not None:
+            raise RouteError("servers and a Ray cluster exclude each other: requests go to the one or to the other")
+
+    @property
+    def world_size(self) -> int:
+        """GPUs (or processes on a CPU) of one engine."""
+        return int(self.arguments.get("tensor_parallel_size", 1)) * int(self.arguments.get("pipeline_parallel_size", 1))
 
 
 @dataclass(frozen=True, slots=True)

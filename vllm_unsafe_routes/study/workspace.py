@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from ..errors import RouteError
 from ..evaluation.datasets import PromptRecord, prompts_digest
@@ -13,11 +14,12 @@ from ..policy import RoutePolicy
 from ..search.backend import Backend
 from .bench import Bench, open_backend
 from .campaign import Campaign
+from .cluster import ray_engines
 from .jobs import VOLATILE
 from .judges import Panel
 from .model import LAB, NO_WRAPPER, Item, Model, Wrapper
 from .prompts import read_prompts
-from .settings import Setup
+from .settings import EngineSettings, Setup
 
 
 class Workspace:
@@ -40,9 +42,19 @@ class Workspace:
         self.wrapper = Wrapper("system", setup.system) if setup.system else NO_WRAPPER
         self.records: list[PromptRecord] = read_prompts(setup.data, setup.limit, categories=setup.categories, columns=setup.columns)
         self.items = self.render(self.records)
-        judge = LAB if setup.data.startswith("lab:") else "refusal"
-        self.judges = Panel.of(setup.judging, judge)
+        self.judges = self._panel()
         self._backend = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Judges hold connections and keys: they are made anew in an actor.
+        return {name: value for name, value in vars(self).items() if name != "judges"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self.judges = self._panel()
+
+    def _panel(self) -> Panel:
+        return Panel.of(self.setup.judging, LAB if self.setup.data.startswith("lab:") else "refusal")
 
     def render(self, records: Sequence[PromptRecord], wrapper: Wrapper | None = None) -> list[Item]:
         """Prompts as items; none may be longer than the model's context."""
@@ -88,8 +100,20 @@ class Workspace:
         if self._backend is not None:
             yield self._bench(self._backend)
             return
-        engine = self.setup.engine
-        with open_backend(self.model, replace(engine, policy=policy or engine.policy), jitter) as backend:
+        engine = replace(self.setup.engine, policy=policy or self.setup.engine.policy)
+        if engine.ray is None:
+            with self._opened(engine, jitter) as bench:
+                yield bench
+            return
+        own = partial(self._opened, replace(engine, ray=None), jitter)
+        most = len(self.items) * len(self.setup.seeds)
+        with ray_engines(engine.ray, own, size=engine.world_size, most=most) as engines:
+            # No search meets it: a job that goes to an actor has the actor's engine.
+            yield self._bench(cast(Backend, engines))
+
+    @contextmanager
+    def _opened(self, engine: EngineSettings, jitter: Mapping[str, Any] | None) -> Iterator[Bench]:
+        with open_backend(self.model, engine, jitter) as backend:
             yield self._bench(backend)
 
     def _bench(self, backend: Backend) -> Bench:
