@@ -145,6 +145,22 @@ def test_the_readme_s_commands_are_commands():
         assert make_parser().parse_args(shlex.split(line)[1:]), line
 
 
+def test_all_python_of_the_pages_is_run_by_a_test():
+    """Which test runs a page's snippets as they are printed."""
+    run_by = {
+        "README.md": "engine/test_readme.py",
+        "evaluation.md": "evaluation/test_page.py",
+        "lab-model.md": "engine/test_pages.py",
+        "plans.md": "engine/test_pages.py",
+        "python.md": "search/test_python_page.py",
+        "rl.md": "engine/test_rl_page.py",
+        "search.md": "engine/test_pages.py",
+    }
+    assert sorted(page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")) == sorted(run_by)
+    for page, test in run_by.items():
+        assert page in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
 def lab_figures():
     """(table, row, column) -> value of the committed lab results."""
     with (ROOT / "benchmarks/results/lab_results.csv").open(encoding="utf-8", newline="") as file:
