@@ -30,6 +30,12 @@ def job(tiny_model):
         "prompts": prompts,
         "extras": extras,
         "sampling": {"prompt_logprobs": 0, "max_tokens": 5},
+        "cells": [
+            prompts[0],
+            [5, 6, 7],
+            None,
+            [[], *([(layer, 3, 4, [0, expert])] for layer in shape.moe_layers for expert in (3, 5))],
+        ],
     }
 
 
@@ -46,7 +52,12 @@ def test_two_processes_equal_one(parallel, job, single, tmp_path):
         # bound routers under torch.compile.
         settings["enforce_eager"] = False
     double = run_batch({**job, "settings": settings}, tmp_path)
-    for one, two, extra in zip(single, double, job["extras"], strict=True):
+    if parallel == "pipeline_parallel_size":
+        assert double[-1] == {"error": "cells cannot be scored with pipeline parallelism"}
+    else:
+        assert double[-1]["scores"] == pytest.approx(single[-1]["scores"], abs=1e-4)
+        assert len({round(score, 4) for score in double[-1]["scores"]}) > 4
+    for one, two, extra in zip(single[:-1], double[:-1], job["extras"], strict=True):
         assert one["token_ids"] == two["token_ids"]
         values = [[float.fromhex(value) for value in result["logprobs"]] for result in (one, two)]
         assert values[0] == pytest.approx(values[1], abs=1e-4)

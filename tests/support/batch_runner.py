@@ -1,6 +1,7 @@
 """Runs one batch in a process of its own and writes what came out: `python batch_runner.py job.json out.json`.
 
-A job: {"model", "routes" (or null), "settings", "prompts", "extras", "sampling"}. Log-probabilities are written exactly.
+A job: {"model", "routes" (or null), "settings", "prompts", "extras", "sampling"}. Log-probabilities are written exactly. With
+"cells", arguments of `Cells.of`, the last result is {"scores"} of the candidates, or {"error"} where the engine cannot score cells.
 """
 
 from __future__ import annotations
@@ -30,12 +31,24 @@ def run_batch(job: dict[str, Any], scratch: Path, **environment: str) -> list[di
     return json.loads((scratch / "out.json").read_text())
 
 
+def scores_of(llm: Any, arguments: list[Any]) -> dict[str, Any]:
+    from vllm_unsafe_routes.cells import Cells
+    from vllm_unsafe_routes.engine.cell_blocks import CellsUnavailable, ask
+
+    try:
+        (found,) = ask(llm.llm_engine.engine_core, [Cells.of(*arguments)])
+    except CellsUnavailable as error:
+        return {"error": str(error)}
+    return {"scores": found.values.tolist()}
+
+
 def main() -> None:
     from engines import chosen_logprobs, engine, generate
 
     job = json.loads(Path(sys.argv[1]).read_text())
     with engine(job["model"], job["routes"], **job["settings"]) as llm:
         outputs = generate(llm, job["prompts"], job["extras"], **job["sampling"])
+        scored = [scores_of(llm, job["cells"])] if "cells" in job else []
     results = [
         {
             "token_ids": list(output.outputs[0].token_ids),
@@ -44,7 +57,7 @@ def main() -> None:
         }
         for output in outputs
     ]
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    Path(sys.argv[2]).write_text(json.dumps([*results, *scored]))
 
 
 if __name__ == "__main__":

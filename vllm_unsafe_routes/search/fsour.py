@@ -29,6 +29,7 @@ from .rosais import Prompt
 from .scorer import check_length
 
 STRATEGIES = ("paper", "code", "adaptive")
+_PAPER_BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class FsourSettings:
         seed: of the draws.
         min_gain: nats by which a draw must improve to be kept. Scores vary a little with what else is in the batch (about 1e-6
             in float32, 1e-2 in bfloat16); a gain below that is noise.
-        batch: draws of one (position, layer) in flight together; `num_draws` if None. What is kept does not depend on it.
+        batch: draws of one (position, layer) in flight together; None: all for `code`, two for `paper`, which needs none behind the
+            first that improves (more prompts in flight keep the device full). What is kept does not depend on it.
         max_new_tokens: length of the judged answer.
         weights: "masked" (the paper's) or "native".
         adaptive: settings of the adaptive strategy.
@@ -180,7 +182,7 @@ def _cell_by_cell(
         if at_cell > first_cell and position != order[at_cell - 1][0]:
             yield [Note(Progress(at_cell, attempt.state(17)))]
         sets = draws(experts, settings, prompt, number, position, layer)
-        size = settings.batch or len(sets)
+        size = settings.batch or (_PAPER_BATCH if settings.strategy == "paper" else len(sets))
         values: list[float] = []
         kept: int | None = None
         for start in range(0, len(sets), size):
