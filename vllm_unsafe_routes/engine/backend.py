@@ -117,6 +117,11 @@ class EngineBackend:
             logger.warning("Candidates are scored as requests: %s", error)
             self.has_cells = False
             return None
+        except Exception as error:
+            # So vLLM's client says that a call failed in the engine's process; one that is just ending cancels the calls in hand.
+            if type(error) is not Exception:
+                raise
+            raise RouteError(f"cells could not be scored: {error}") from error
 
     def poll(self) -> list[tuple[int, Response | RouteError]]:
         """Step the engine until a request has finished. Raises `RouteError` if its process has ended."""
