@@ -3,13 +3,14 @@
 import types
 
 import numpy as np
+import pytest
 import torch
 
 from vllm_unsafe_routes.engine.capture import RouteCapture
-from vllm_unsafe_routes.engine.counts import _Sums
 from vllm_unsafe_routes.engine.host_copies import HostCopy
 from vllm_unsafe_routes.engine.progress import PROGRESS_ATTRIBUTE, StepProgress, StepReport
 from vllm_unsafe_routes.engine.step import Part, Resident, Step
+from vllm_unsafe_routes.engine.sums import DeviceSums
 from vllm_unsafe_routes.extras import RouteExtras
 
 
@@ -60,29 +61,34 @@ def test_captured_routes_are_cut_to_each_request(monkeypatch):
     assert found.route_weights[:, 1].tolist() == [[1.0] * 4] * 3
 
 
-def test_what_warm_up_counts_in_inference_mode_can_be_counted_on_outside_it(monkeypatch):
-    monkeypatch.setattr("vllm_unsafe_routes.engine.counts._SECONDS_BETWEEN_COUNTS", 0)
-    sums = _Sums(2, torch.device("cpu"))
-    slots = torch.tensor([1])
+@pytest.fixture
+def often(monkeypatch):
+    """Sums are read in every step."""
+    monkeypatch.setattr("vllm_unsafe_routes.engine.sums._SECONDS_BETWEEN_READS", 0)
+
+
+def test_what_warm_up_counts_in_inference_mode_can_be_counted_on_outside_it(often):
+    sums = DeviceSums(2, torch.device("cpu"))
     with torch.inference_mode():
-        sums.add(0, 3, slots, torch.tensor([4]))
+        sums.displaced[0, 1] += 4
+        sums.grew("enforce", 3)
         sums.due()
     for number in range(2, 4):
-        sums.add(0, 3, slots, torch.tensor([4]))
-        (mode, displaced), *_ = sums.due().displaced.items()
-        assert displaced == [0, 4 * number], mode
+        sums.displaced[0, 1] += 4
+        sums.grew("enforce", 3)
+        assert sums.due().displaced["enforce"] == [0, 4 * number]
     assert sums.due() is None
 
 
-def test_a_copy_that_is_under_way_is_not_waited_for(monkeypatch):
+def test_a_copy_that_is_under_way_is_not_waited_for(often, monkeypatch):
     """On a GPU; here the copy says so."""
-    monkeypatch.setattr("vllm_unsafe_routes.engine.counts._SECONDS_BETWEEN_COUNTS", 0)
-    sums = _Sums(1, torch.device("cpu"))
-    sums.add(0, 3, torch.tensor([0]), torch.tensor([4]))
+    sums = DeviceSums(1, torch.device("cpu"))
+    sums.displaced[0, 0] += 4
+    sums.grew("enforce", 3)
     with monkeypatch.context() as patch:
         patch.setattr(HostCopy, "is_ready", False)
         assert sums.due() is None
-        sums.add(0, 5, torch.tensor([0]), torch.tensor([1]))
+        sums.displaced[0, 0] += 1
+        sums.grew("enforce", 5)
     counts = sums.due()
-    assert sum(counts.tokens.values()) == 3
-    assert sum(map(sum, counts.displaced.values())) == 4
+    assert (counts.tokens["enforce"], counts.displaced["enforce"]) == (3, [4])
