@@ -36,7 +36,9 @@ def test_no_spills_on_any_target_and_the_table_is_complete():
     for text in REPRESENTATIVE:
         assert any(text in row[0] for row in rows)
     for row in rows:
-        assert (row[SPILLED], row[SHARED]) == ("0", "0")
+        assert row[SPILLED] == "0"
+        # Several tokens a program: one layout is turned into another on some targets. A reduction never needs it.
+        assert int(row[SHARED]) <= (128 if "tokens a program" in row[0] else 0)
         for cell in row[1:SPILLED]:
             registers, instructions, load_bits = map(int, cell.split(" / "))
             assert 0 < registers <= 128

@@ -294,7 +294,7 @@ def test_the_op_traces_and_is_registered_right(monkeypatch):
     for one, other in zip(compiled, gate(case.logits, case.row_index), strict=True):
         assert torch.equal(one, other)
     outputs = (torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int32))
-    arguments = (case.logits, case.row_index, *case.rows, None, None, *outputs, None, None, None)
+    arguments = (case.logits, case.row_index, *case.rows, None, None, *outputs, None, None, None, None, None, None)
     settings_of = (8, "softmax", False, 1.0, 1, 1, "max", False)
     torch.library.opcheck(torch.ops.unsafe_routes.route_topk.default, (*arguments, *settings_of))
 
