@@ -195,12 +195,13 @@ def facts(on_gpu: bool) -> dict[str, str]:
     return found
 
 
-def where(row: Row) -> str:
-    """The sentence under a table that says where its figures come from."""
+def where(rows: Rows) -> str:
+    """The sentence under a table that says where its figures come from: rows of one machine, maybe of several commits."""
+    row, commits = rows[-1], distinct(rows, "commit")
     named = (("torch", "torch"), ("Triton", "triton"), ("vLLM", "vllm"), ("transformers", "transformers"))
     versions = ", ".join(f"{name} {row[key]}" for name, key in named if row.get(key))
     driver = f"driver {row['driver']}, " if row.get("driver") else ""
-    return f"{row['device']}, {driver}{versions}, {row['date']}, commit {row['commit']}."
+    return f"{row['device']}, {driver}{versions}, {row['date']}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
 
 
 # Results.

@@ -230,7 +230,7 @@ def table(rows: Rows) -> str:
     )
     ceilings = [row for row in rows if row["kind"] == "ceilings"][-1]
     limits = f"copy {ceilings['copy_gb_s']} GB/s, matrix {ceilings['matrix_tflop_s']} TFLOP/s"
-    return f"{shown}\n\nMeasured ceilings: {limits}. {common.where(rows[-1])}"
+    return f"{shown}\n\nMeasured ceilings: {limits}. {common.where(rows)}"
 
 
 def run_model(key: str, ceilings: Ceilings, run: Run, results: Results) -> None:

@@ -201,7 +201,7 @@ def table(rows: Rows) -> str:
             lines.append([shape, num_tokens, floors.get((shape, num_tokens), ""), *cells, "; ".join(native)])
     row = next(row for row in rows if row["us_median"] != NOT_MEASURED)
     note = (
-        f"Microseconds a launch, median of {ROUNDS} rounds. {where(row)} Measured in the same run: copy {row['copy_gb_s']} GB/s, "
+        f"Microseconds a launch, median of {ROUNDS} rounds. {where(rows)} Measured in the same run: copy {row['copy_gb_s']} GB/s, "
         f"empty kernel {row['launch_floor_us']} µs."
     )
     missing = dict.fromkeys(f"\n- {row['variant']}: {row['note']}" for row in rows if row.get("note"))
@@ -218,7 +218,7 @@ def short_table(rows: Rows) -> str:
             cells = [f"{value} ({value / min(native):.2f})" for value in ours if value is not None]
             lines.append([shape, num_tokens, min(native), *cells])
     header = ["shape", "tokens", "vLLM native, µs", "no directed token (ratio)", "all masked", "all forced"]
-    return f"{markdown(header, lines)}\n\n{where(rows[-1])}" if lines else NOT_MEASURED
+    return f"{markdown(header, lines)}\n\n{where(rows)}" if lines else NOT_MEASURED
 
 
 def main() -> int:

@@ -137,7 +137,7 @@ def table(rows: Rows) -> str:
         pairs = [pair for pair in by_round.values() if len(pair) == len(VARIANTS)]
         medians = [f"{statistics.median(pair[variant] for pair in pairs):.1f}" for variant in VARIANTS]
         lines.append([figure, *medians, spread([pair["policy"] / pair["none"] for pair in pairs], 3, 2)])
-    return f"{markdown(['figure', 'without', 'with a policy', 'ratio, median (range)'], lines)}\n\n{where(rows[0])}"
+    return f"{markdown(['figure', 'without', 'with a policy', 'ratio, median (range)'], lines)}\n\n{where(rows)}"
 
 
 def main() -> int:

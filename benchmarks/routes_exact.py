@@ -505,7 +505,7 @@ def table(rows: Rows) -> str:
     for row in {(row["check"], row.get("mode")): row for row in rows}.values():
         counts = ", ".join(shown(name, value) for name, value in row.items() if name not in hidden)
         lines.append([row["check"], row.get("mode", ""), row["result"], row.get("details") or counts])
-    return f"{common.markdown(['check', 'mode', 'result', 'what was checked'], lines)}\n\n{common.where(rows[-1])}"
+    return f"{common.markdown(['check', 'mode', 'result', 'what was checked'], lines)}\n\n{common.where(rows)}"
 
 
 def main() -> int:

@@ -725,7 +725,7 @@ def gpu_table(rows: Rows) -> str:
             single.append([row["model"], f"{name}, {row['variant']}", *cells])
     rates = common.markdown(["model", "what", "candidates/s", "against the published way", "against its fastest experts"], lines)
     wholes = common.markdown(["model", "what", "seconds", "candidates", "transformers, seconds", "ratio"], single)
-    return f"{rates}\n\n{wholes}\n\nEngine mode: {', '.join(common.distinct(rows, 'mode'))}. {common.where(rows[-1])}"
+    return f"{rates}\n\n{wholes}\n\nEngine mode: {', '.join(common.distinct(rows, 'mode'))}. {common.where(rows)}"
 
 
 def main() -> int:

@@ -285,7 +285,7 @@ def gpu_table(rows: Rows) -> str:
     modes = ", ".join(map(str, common.distinct(rows, "mode")))
     table = common.markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
     note = f"Throughput ratio to stock, median and range of up to {count} rounds, turn by turn; engine mode: {modes}."
-    return f"{table}\n\n{note} {common.where(rows[-1])}"
+    return f"{table}\n\n{note} {common.where(rows)}"
 
 
 def trees_table(rows: Rows) -> str:
