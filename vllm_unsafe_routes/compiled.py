@@ -49,7 +49,12 @@ class RowLayout:
     @property
     def num_ints(self) -> int:
         """Length of a row in 4-byte units."""
-        return 1 + self.num_words + 2 * self.top_k
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> list[int]:
+        """Of its four parts, in 4-byte units."""
+        return [1, self.num_words, self.top_k, self.top_k]
 
     def mask_row(self, allowed: int, native: bool) -> bytes:
         """A row that lets a token choose among the experts whose bits are set in `allowed`."""
@@ -68,6 +73,14 @@ class RowLayout:
             + struct.pack(f"<{self.top_k}i", *experts)
             + struct.pack(f"<{self.top_k}f", *(weights or (0.0,) * self.top_k))
         )
+
+    def forced_rows(self, experts: npt.NDArray[np.int32], native: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+        """`forced_row` without weights for many, int32 [num_rows, num_ints], of experts [num_rows, top_k] and native [num_rows]."""
+        allowed = np.zeros((len(experts), self.num_words), np.uint32)
+        for column in experts.T:
+            allowed[np.arange(len(experts)), column // 32] |= np.uint32(1) << (column % 32).astype(np.uint32)
+        flags = FLAG_FORCED | np.where(native, FLAG_NATIVE_WEIGHTS, 0).astype(np.int32)
+        return np.concatenate([flags[:, None], allowed.view(np.int32), experts, np.zeros_like(experts)], 1, dtype=np.int32)
 
     def read(self, row: bytes) -> tuple[int, int]:
         """Flags and allowed-expert bits of a row."""

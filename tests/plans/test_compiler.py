@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
-from vllm_unsafe_routes.compiled import NO_ROW
+from vllm_unsafe_routes.compiled import NO_ROW, RowLayout
 from vllm_unsafe_routes.compiler import PlanCompiler
 
 SHAPE = ModelShape("olmoe", 6, 64, (1, 2, 4), num_experts=64, top_k=4)
@@ -219,3 +219,12 @@ def test_one_limit_for_every_form(form, monkeypatch):
     }[form]
     with pytest.raises(RouteError, match="larger than 5000 bytes"):
         read()
+
+
+@pytest.mark.parametrize("num_experts", [8, 64, 100])
+def test_rows_made_together_are_those_made_one_by_one(num_experts):
+    layout = RowLayout(num_experts, 4)
+    experts = np.stack([np.random.default_rng(seed).permutation(num_experts)[:4] for seed in range(20)]).astype(np.int32)
+    native = np.arange(20) % 2 == 0
+    expected = [layout.forced_row(tuple(row), None, bool(keeps)) for row, keeps in zip(experts.tolist(), native, strict=True)]
+    assert [row.tobytes() for row in layout.forced_rows(experts, native)] == expected

@@ -14,6 +14,7 @@ from .cell_scores import CellScorer
 from .config import route_config
 from .layer_range import LayerRange
 from .router import controllers
+from .scoring import Scoring
 from .step import NO_STEP
 from .sweep_runner import SweepRunner
 from .worker import RouteController, controller_of
@@ -51,7 +52,7 @@ def _scorer_of(worker: Any, controller: RouteController) -> CellScorer:
             raise RouteError("cells cannot be scored with noise on router logits")
         layers, shape = LayerRange(runner, vllm_config) if scorer is None else scorer.layers, controller.shape
         limits = vllm_config.scheduler_config.max_num_seqs, vllm_config.scheduler_config.max_num_batched_tokens
-        sweeps = SweepRunner(layers, shape, controller.bindings, vllm_config.model_config.get_vocab_size())
+        sweeps = SweepRunner(layers, shape, controller.bindings, Scoring(vllm_config.model_config.get_vocab_size()))
         scorer = CellScorer(layers, shape, compiler, limits, sweeps)
         setattr(runner, CELLS, scorer)
     return scorer

@@ -13,7 +13,7 @@ import torch
 
 from vllm_unsafe_routes.kernels.spec import RouteRows
 
-from ..compiled import NO_ROW, CompiledPlan
+from ..compiled import NO_ROW, CompiledPlan, RowLayout
 from ..table import Arena, RowStore
 from .config import RouteConfig
 from .mirrored import Mirrored
@@ -33,8 +33,7 @@ class DeviceTable:
 
     Args:
         config: sizes of the table.
-        num_words: int32 words of a mask.
-        top_k: experts that a token gets.
+        layout: of a row.
         device: where the model runs.
 
     Attributes:
@@ -46,15 +45,16 @@ class DeviceTable:
 
     """
 
-    def __init__(self, config: RouteConfig, num_words: int, top_k: int, device: torch.device) -> None:
+    def __init__(self, config: RouteConfig, layout: RowLayout, device: torch.device) -> None:
         num_rows = config.route_table_rows
         self._store = RowStore(num_rows)
+        self._layout = layout
         # In the order of a row's content.
         self._columns = (
             Mirrored((num_rows,), 0, np.int32, device),
-            Mirrored((num_rows, num_words), 0, np.int32, device),
-            Mirrored((num_rows, top_k), 0, np.int32, device),
-            Mirrored((num_rows, top_k), 0, np.float32, device),
+            Mirrored((num_rows, layout.num_words), 0, np.int32, device),
+            Mirrored((num_rows, layout.top_k), 0, np.int32, device),
+            Mirrored((num_rows, layout.top_k), 0, np.float32, device),
         )
         self.rows = RouteRows(*(column.tensor for column in self._columns))
         num_slots = config.route_table_slots + 1 if config.allow_overrides else 1
@@ -85,8 +85,7 @@ class DeviceTable:
         if new:
             ints = np.frombuffer(b"".join(contents[at] for at in new), "<i4").reshape(len(new), -1)
             where = np.array([ids[at] for at in new])
-            words, top_k = self.rows.allowed.shape[1], self.rows.forced_ids.shape[1]
-            flags, allowed, forced_ids, weights = np.split(ints, np.cumsum([1, words, top_k]), axis=1)
+            flags, allowed, forced_ids, weights = np.split(ints, np.cumsum(self._layout.widths[:-1]), axis=1)
             for column, values in zip(self._columns, (flags[:, 0], allowed, forced_ids, weights.view("<f4")), strict=True):
                 column.write(where, values)
         return ids

@@ -71,11 +71,7 @@ class Scoring:
         padded = np.concatenate([np.pad(span.token_ids, ((0, 0), (0, width - span.token_ids.shape[1]))) for span in spans])
         rows = upload(np.concatenate([span.rows for span in spans]), torch.int64, hidden_states.device)
         token_ids = upload(padded, torch.int64, hidden_states.device)
-        scored = [
-            log_probs(logits, ids)
-            for at, ids in zip(rows.split(self._rows_at_once), token_ids.split(self._rows_at_once), strict=True)
-            if (logits := model.compute_logits(hidden_states[at])) is not None  # a rank that does not gather them has none
-        ]
+        scored = self.of_rows(model, hidden_states, rows, token_ids)
 
         def use(values: np.ndarray) -> None:
             at = 0
@@ -84,8 +80,28 @@ class Scoring:
                 span.entry.scores = values[at : at + num_rows, :own_width].copy()
                 at += num_rows
 
-        if scored:
-            report.copies.take(torch.cat(scored), use)
+        if scored is not None:
+            report.copies.take(scored, use)
+
+    def of_rows(self, model: Any, hidden_states: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Log-probabilities of tokens behind some rows, piece by piece.
+
+        Args:
+            model: as in `collect`.
+            hidden_states: as in `collect`.
+            rows: int64 [num_rows], at least one.
+            token_ids: int64 [num_rows, width].
+
+        Returns:
+            float32 [num_rows, width]; None on a rank that does not gather the logits.
+
+        """
+        scored = [
+            log_probs(logits, ids)
+            for at, ids in zip(rows.split(self._rows_at_once), token_ids.split(self._rows_at_once), strict=True)
+            if (logits := model.compute_logits(hidden_states[at])) is not None
+        ]
+        return torch.cat(scored) if scored else None
 
 
 def log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ the sequences that have joined.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class Sweep:
         for key, value in self._layers.run(start, end, part.batch, part.token_ids, stream).items():
             self._state[key][part.rows] = value
             if own.moves_base:
-                self._memory.streams[key][end - 1, self._slots_of(part.rows)] = value
+                self._memory.streams[key][end - 1, self._slots[part.rows]] = value
         if joining.any():
             after = (own.span_end - own.first)[joining]
             self._load(end, ranges(self.starts[joining] + after, self._lens[joining] - after))
@@ -181,18 +182,16 @@ class Sweep:
     def _load(self, layer: int, rows: np.ndarray) -> None:
         """Take the bases' residual stream at a layer's input."""
         where = upload(rows, torch.int64, self._layers.device)
-        slots = self._slots_of(where)
+        slots = self._slots[where]
         for key in self._layers.keys[: 1 if layer == self._layers.num_layers else None]:
             self._state[key][where] = self._memory.streams[key][layer - 1, slots]
 
-    def _slots_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where these rows' tokens are in the bases' residual streams."""
-        if not hasattr(self, "_base_slots"):
-            blocks = self.sequences.base_blocks[self._sequence, self._positions // self._size]
-            # The reserve's blocks from the second on are the bases'.
-            slots = (blocks - 1) * self._size + self._positions % self._size
-            self._base_slots = upload(slots, torch.int64, self._layers.device)
-        return self._base_slots[rows]
+    @functools.cached_property
+    def _slots(self) -> torch.Tensor:
+        """int64 [rows of the sweep], where each row's token is in the bases' residual streams."""
+        blocks = self.sequences.base_blocks[self._sequence, self._positions // self._size]
+        # The reserve's blocks from the second on are the bases'.
+        return upload((blocks - 1) * self._size + self._positions % self._size, torch.int64, self._layers.device)
 
     def _part(self, whole: np.ndarray, joining: np.ndarray) -> _Part:
         """Sequences that compute all their rows, and those that compute the changed tokens only."""

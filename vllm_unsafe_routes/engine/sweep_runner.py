@@ -10,12 +10,12 @@ import torch
 from vllm_unsafe_routes.kernels.spec import RouteRows
 
 from ..cells import CANDIDATE, END, LAYER, START
-from ..compiled import FLAG_FORCED, FLAG_NATIVE_WEIGHTS, NO_ROW, RowLayout
+from ..compiled import NO_ROW, RowLayout
 from ..shape import ModelShape
 from .device_table import upload
 from .layer_range import LayerRange
 from .router import LayerBinding, Routing
-from .scoring import PIECE_BYTES, log_probs
+from .scoring import Scoring
 from .sweep import Memory, Sequences, Sweep, ranges
 
 
@@ -26,14 +26,13 @@ class SweepRunner:
         layers: the model.
         shape: its MoE layers.
         bindings: these by MoE slot.
-        vocab_size: of the model.
+        scoring: of the model.
 
     """
 
-    def __init__(self, layers: LayerRange, shape: ModelShape, bindings: Mapping[int, LayerBinding], vocab_size: int) -> None:
-        self._layers, self._shape, self._bindings = layers, shape, bindings
+    def __init__(self, layers: LayerRange, shape: ModelShape, bindings: Mapping[int, LayerBinding], scoring: Scoring) -> None:
+        self._layers, self._shape, self._bindings, self._scoring = layers, shape, bindings, scoring
         self._layout = RowLayout(shape.num_experts, shape.top_k)
-        self._rows_at_once = max(1, PIECE_BYTES // (4 * vocab_size))
         self._sweep: Sweep | None = None
         self._rows: RouteRows | None = None
 
@@ -92,30 +91,15 @@ class SweepRunner:
         width = max(target.shape[1] for target in targets)
         padded = [np.pad(target, ((0, 0), (0, width - target.shape[1]))) for target in targets]
         wanted = upload(np.concatenate([padded[at] for at in base.tolist()]), torch.int64, device)
-        return self._log_probs(hidden, rows, wanted)
-
-    def _log_probs(self, hidden: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        pieces = []
-        for at, ids in zip(rows.split(self._rows_at_once), wanted.split(self._rows_at_once), strict=True):
-            logits = self._layers.model.compute_logits(hidden[at])
-            # A rank that does not gather the logits has none, and is not asked for scores.
-            pieces.append(torch.zeros(ids.shape, device=rows.device) if logits is None else log_probs(logits, ids))
-        return torch.cat(pieces)
+        found = self._scoring.of_rows(self._layers.model, hidden, rows, wanted)
+        # A rank that does not gather the logits has none, and is not asked for scores.
+        return torch.zeros(wanted.shape, device=device) if found is None else found
 
     def _table(self, contents: Sequence[np.ndarray], experts: np.ndarray, native: np.ndarray) -> RouteRows:
         """The route table of a sweep: the bases' rows, then one row a move."""
-        words, top_k = self._layout.num_words, self._shape.top_k
-        mine = np.zeros((len(experts), self._layout.num_ints), np.int32)
-        mine[:, 0] = FLAG_FORCED | np.where(native, FLAG_NATIVE_WEIGHTS, 0)
-        allowed = np.zeros((len(experts), words), np.uint32)
-        for column in experts.T:
-            allowed[np.arange(len(experts)), column // 32] |= np.uint32(1) << (column % 32).astype(np.uint32)
-        mine[:, 1 : 1 + words] = allowed.view(np.int32)
-        mine[:, 1 + words : 1 + words + top_k] = experts
+        mine = self._layout.forced_rows(experts, native)
         # A table without a row would have nothing to read.
         ints = np.concatenate([*(one for one in contents if one.size), mine, np.zeros((1, self._layout.num_ints), np.int32)])
         table = upload(ints, torch.int32, self._layers.device)
-        flags, allowed_words, ids, weights = table.split([1, words, top_k, top_k], 1)
-        return RouteRows(
-            flags[:, 0].contiguous(), allowed_words.contiguous(), ids.contiguous(), weights.contiguous().view(torch.float32)
-        )
+        flags, allowed, ids, weights = (column.contiguous() for column in table.split(self._layout.widths, 1))
+        return RouteRows(flags[:, 0], allowed, ids, weights.view(torch.float32))

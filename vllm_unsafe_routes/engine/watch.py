@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from vllm_unsafe_routes.kernels.route_topk import uses_triton
@@ -18,6 +19,7 @@ from vllm_unsafe_routes.kernels.spec import RouteWatch
 
 from ..errors import RouteError
 from ..shape import ModelShape
+from .mirrored import Mirrored
 from .router import OFF_HELP
 from .step import NO_STEP, Step
 from .sums import DeviceSums
@@ -41,19 +43,19 @@ class Watch:
         self._in_kernel = uses_triton(device)
         self._number = self._num_tokens = 0
         self._marks = torch.zeros(len(sums.missed), dtype=torch.int32, device=device if self._in_kernel else "cpu")
-        self._step = torch.zeros(2, dtype=torch.int32, device=device)
+        self._step = Mirrored((2,), 0, np.int32, device)
 
     def stage(self, step: Step) -> None:
         """A forward pass begins."""
         self._number, self._num_tokens = self._number + 1, step.num_tokens
         if self._in_kernel:
-            now = torch.tensor([self._number, self._num_tokens], dtype=torch.int32)
-            self._step.copy_(now if self._step.device.type == "cpu" else now.pin_memory(), non_blocking=True)
+            self._step.write(slice(0, 2), (self._number, self._num_tokens))
+            self._step.flush()
 
     def apply(self, slot: int, router_logits: torch.Tensor) -> RouteWatch | None:
         """The router of MoE layer `slot` is called; returns what the route kernel notes, None where that is done here."""
         if self._in_kernel:
-            return RouteWatch(self._step, self._marks[slot : slot + 1], self.sums.num_nan[slot : slot + 1])
+            return RouteWatch(self._step.tensor, self._marks[slot : slot + 1], self.sums.num_nan[slot : slot + 1])
         self._marks[slot] = self._number
         if math.isnan(float(router_logits.sum())):  # so is the sum of opposite infinities
             self.sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()

@@ -67,7 +67,7 @@ class RouteController:
         self.shape = shape = model_shape(vllm_config)
         self.state = state = RouterState(always=device.type != "cpu")
         num_layers, capacity = len(shape.moe_layers), _capacity(vllm_config)
-        self._table = DeviceTable(config, config.compiler(shape).layout.num_words, shape.top_k, device)
+        self._table = DeviceTable(config, config.compiler(shape).layout, device)
         self._index = RowIndex(self._table, num_layers, capacity)
         jitter = config.load_jitter()
         self._jitter = None if jitter is None else LogitJitter(jitter, shape, self._index, state.always)

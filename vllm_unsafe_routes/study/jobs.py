@@ -106,17 +106,8 @@ def mask_record(
 
     What is known of `earlier`, whose judge erred, is not done again.
     """
-    if earlier is None:
-        found = yield from mask_attack(
-            bench.backend,
-            [item.prompt],
-            bench.model.affirmative_token_ids,
-            choose_layers(attack, ranking, settings, item.prompt.id),
-            settings,
-            num_masks=1 if attack == "random-masks" else None,
-        )
-    else:
-        found = MaskResult(earlier.clean, earlier.masked, earlier.masks, earlier.candidates)
+    layers = choose_layers(attack, ranking, settings, item.prompt.id)
+    found = yield from _masks(bench, [item], attack, layers, settings, earlier)
     answers = {} if earlier is None else {level: one for level, one in earlier.answers.items() if not one.open}
     for level in levels:
         if level not in answers:
@@ -127,6 +118,29 @@ def mask_record(
         category=item.record.category,
         answers=dict(sorted(answers.items())),
         **_masks_fields(found, settings),
+    )
+
+
+def _masks(
+    bench: Bench,
+    items: Sequence[Item],
+    attack: str,
+    layers: Sequence[int],
+    settings: MaskSettings,
+    earlier: Mask | DatasetMask | None,
+) -> Search[MaskResult]:
+    """One set of masks for these prompts: searched, or what `earlier` found."""
+    if earlier is not None:
+        return MaskResult(earlier.clean, earlier.masked, earlier.masks, earlier.candidates)
+    return (
+        yield from mask_attack(
+            bench.backend,
+            [item.prompt for item in items],
+            bench.model.affirmative_token_ids,
+            layers,
+            settings,
+            num_masks=1 if attack == "random-masks" else None,
+        )
     )
 
 
@@ -153,17 +167,8 @@ def dataset_mask_record(
 
     What is known of `earlier`, whose judge erred, is not done again.
     """
-    if earlier is None:
-        found = yield from mask_attack(
-            bench.backend,
-            [item.prompt for item in search_items],
-            bench.model.affirmative_token_ids,
-            choose_layers(attack, ranking, settings, "dataset"),
-            settings,
-            num_masks=1 if attack == "random-masks" else None,
-        )
-    else:
-        found = MaskResult(earlier.clean, earlier.masked, earlier.masks, earlier.candidates)
+    layers = choose_layers(attack, ranking, settings, "dataset")
+    found = yield from _masks(bench, search_items, attack, layers, settings, earlier)
     answers = {}
     for item in items:
         known = None if earlier is None else earlier.answers.get(item.prompt.id)
