@@ -188,6 +188,123 @@ def _select(
     return ids, num_left, top, total
 
 
+@triton.jit
+def _weigh(
+    chosen, is_real, top, total, scaling_factor, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+):
+    """Weights of the chosen logits [tokens, k]; 0 outside `is_real`."""
+    weights = tl.where(is_real, _score(chosen, top, total, SCORING, BLOCK_TOKENS), 0.0)
+    if RENORMALIZE:
+        sum_of_weights = _column(tl.sum(weights, axis=1), BLOCK_TOKENS)
+        weights = tl.where(sum_of_weights > 0, weights / sum_of_weights, 0.0)
+    return weights * scaling_factor
+
+
+@triton.jit
+def _gate(
+    x,
+    logits_at,
+    expert,
+    is_expert,
+    is_token,
+    offs_k,
+    row,
+    flags_ptr,
+    allowed_ptr,
+    forced_ids_ptr,
+    forced_weights_ptr,
+    score_bias_ptr,
+    correction_bias,
+    scaling_factor,
+    HAS_ROWS: tl.constexpr,
+    HAS_SCORE_BIAS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SCORING: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    GROUP_TOP2: tl.constexpr,
+    PACKED_KEYS: tl.constexpr,
+):
+    """Ids and weights [tokens, k] of one program's tokens; without HAS_ROWS none has a directive."""
+    mask_k = offs_k < TOP_K
+    allowed = is_expert & (row == row)[:, None]
+    biased = x
+    flags = tl.zeros([BLOCK_TOKENS], tl.int32)
+    if HAS_ROWS:
+        NUM_WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
+        # Row 0 always exists, so loads need no mask; a token without a directive ignores what they bring.
+        at = tl.maximum(row, 0).to(tl.int64)
+        flags = tl.where(row >= 0, tl.load(flags_ptr + at), 0)
+        # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
+        words = tl.load(allowed_ptr + at[:, None] * NUM_WORDS + expert // 32, mask=is_expert, other=0)
+        words = tl.where((row < 0)[:, None], -1, words)
+        allowed = allowed & (((words >> (expert % 32)) & 1) != 0)
+        if HAS_SCORE_BIAS:
+            wants_bias = (flags & _SCORE_BIAS) != 0
+            score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert, other=0.0)
+            biased = tl.where(wants_bias[:, None], _finite(x + score_bias), x)
+    forced = (flags & _FORCED) != 0
+    native = (flags & _NATIVE_WEIGHTS) != 0
+
+    MAY_RUN_OUT: tl.constexpr = HAS_ROWS or TOPK_GROUP * (NUM_EXPERTS // NUM_GROUPS) < TOP_K
+    top = tl.zeros([BLOCK_TOKENS], tl.float32)
+    total = top + 1.0
+    num_left = tl.full([BLOCK_TOKENS], TOP_K, tl.int32)
+    ids = tl.zeros([BLOCK_TOKENS, offs_k.shape[1]], tl.int32)
+    if tl.min(forced.to(tl.int32), axis=0) == 0:
+        ids, num_left, top, total = _select(
+            biased,
+            allowed,
+            expert,
+            offs_k,
+            correction_bias,
+            TOP_K,
+            SCORING,
+            NUM_GROUPS,
+            TOPK_GROUP,
+            GROUP_TOP2,
+            BLOCK_TOKENS,
+            BLOCK_GROUPS,
+            BLOCK_SIZE,
+            MAY_RUN_OUT,
+            PACKED_KEYS,
+        )
+    if HAS_ROWS:
+        forced_ids = tl.load(forced_ids_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & forced[:, None], other=0)
+        ids = tl.where(forced[:, None], forced_ids, ids)
+        num_left = tl.where(forced, TOP_K, num_left)
+
+    # The chosen logits once more, from the L1 cache: cheaper than one reduction per expert to bring them here.
+    chosen = _finite(tl.load(logits_at + ids, mask=mask_k & is_token[:, None], other=0.0).to(tl.float32))
+    if HAS_SCORE_BIAS and HAS_ROWS:
+        chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=mask_k, other=0.0)
+        biases = (wants_bias & (flags & _NATIVE_WEIGHTS == 0))[:, None]
+        chosen = tl.where(biases, _finite(chosen + chosen_bias), chosen)
+    if SCORING == "softmax" and HAS_ROWS:
+        if tl.max(native.to(tl.int32), axis=0) > 0:
+            native_top, native_total = _softmax_sums(x, is_expert, BLOCK_TOKENS)
+            top = tl.where(native, native_top, top)
+            total = tl.where(native, native_total, total)
+        weighs_chosen = forced & (native == 0)
+        if tl.max(weighs_chosen.to(tl.int32), axis=0) > 0:
+            chosen_top, chosen_total = _softmax_sums(chosen, mask_k, BLOCK_TOKENS)
+            top = tl.where(weighs_chosen, chosen_top, top)
+            total = tl.where(weighs_chosen, chosen_total, total)
+    is_real = mask_k & (offs_k < _column(num_left, BLOCK_TOKENS))
+    weights = _weigh(chosen, is_real, top, total, scaling_factor, SCORING, RENORMALIZE, BLOCK_TOKENS)
+    if HAS_ROWS:
+        explicit = (flags & _EXPLICIT_WEIGHTS) != 0
+        if tl.max(explicit.to(tl.int32), axis=0) > 0:
+            given = tl.load(forced_weights_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & explicit[:, None], other=0.0)
+            weights = tl.where(explicit[:, None], given, weights)
+    return ids, weights
+
+
 # Only loads of whole rows gain from aligned pointers; every other specialisation would be one more compilation while serving.
 @triton.jit(
     do_not_specialize=["num_tokens", "stride_weights", "stride_ids", "stride_native", "stride_routes"],
@@ -305,83 +422,72 @@ def route_topk_kernel(
         if num_nan > 0:
             tl.atomic_add(watch_num_nan_ptr, num_nan.to(tl.int64))
     x = _finite(logits)
-    allowed = is_expert & (token >= 0)[:, None]
-    biased = x
-    flags = tl.zeros([BLOCK_TOKENS], tl.int32)
-    if HAS_ROWS:
-        NUM_WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
-        at = tl.maximum(row, 0).to(tl.int64)
-        if tl.max(row, axis=0) >= 0:
-            # Row 0 always exists, so loads need no mask; a token without a directive ignores what they bring.
-            flags = tl.where(row >= 0, tl.load(flags_ptr + at), 0)
-            # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
-            words = tl.load(allowed_ptr + at[:, None] * NUM_WORDS + expert // 32, mask=is_expert, other=0)
-            words = tl.where((row < 0)[:, None], -1, words)
-            allowed = allowed & (((words >> (expert % 32)) & 1) != 0)
-        if HAS_SCORE_BIAS:
-            wants_bias = (flags & _SCORE_BIAS) != 0
-            score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert, other=0.0)
-            biased = tl.where(wants_bias[:, None], _finite(x + score_bias), x)
-    forced = (flags & _FORCED) != 0
-    native = (flags & _NATIVE_WEIGHTS) != 0
     correction_bias = None
     if HAS_CORRECTION_BIAS:
         correction_bias = tl.load(correction_bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
-
-    MAY_RUN_OUT: tl.constexpr = HAS_ROWS or TOPK_GROUP * (NUM_EXPERTS // NUM_GROUPS) < TOP_K
-    top = tl.zeros([BLOCK_TOKENS], tl.float32)
-    total = top + 1.0
-    num_left = tl.full([BLOCK_TOKENS], TOP_K, tl.int32)
     ids = tl.zeros([BLOCK_TOKENS, BLOCK_K], tl.int32)
-    if tl.min(forced.to(tl.int32), axis=0) == 0:
-        ids, num_left, top, total = _select(
-            biased,
-            allowed,
+    weights = tl.zeros([BLOCK_TOKENS, BLOCK_K], tl.float32)
+    # A program none of whose tokens has a directive takes a way of its own, which has nothing of the table in it.
+    if HAS_ROWS and (ONLY_DIRECTED or tl.max(row, axis=0) >= 0):
+        ids, weights = _gate(
+            x,
+            logits_at,
             expert,
+            is_expert,
+            is_token,
             offs_k,
+            row,
+            flags_ptr,
+            allowed_ptr,
+            forced_ids_ptr,
+            forced_weights_ptr,
+            score_bias_ptr,
             correction_bias,
+            routed_scaling_factor,
+            True,
+            HAS_SCORE_BIAS,
+            NUM_EXPERTS,
             TOP_K,
-            SCORING,
-            NUM_GROUPS,
-            TOPK_GROUP,
-            GROUP_TOP2,
             BLOCK_TOKENS,
             BLOCK_GROUPS,
             BLOCK_SIZE,
-            MAY_RUN_OUT,
+            SCORING,
+            RENORMALIZE,
+            NUM_GROUPS,
+            TOPK_GROUP,
+            GROUP_TOP2,
             PACKED_KEYS,
         )
-    if HAS_ROWS:
-        forced_ids = tl.load(forced_ids_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & forced[:, None], other=0)
-        ids = tl.where(forced[:, None], forced_ids, ids)
-        num_left = tl.where(forced, TOP_K, num_left)
-
-    # The chosen logits once more, from the L1 cache: cheaper than one reduction per expert to bring them here.
-    chosen = _finite(tl.load(logits_at + ids, mask=mask_k & is_token[:, None], other=0.0).to(tl.float32))
-    if HAS_SCORE_BIAS:
-        chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=mask_k, other=0.0)
-        biases = (wants_bias & (flags & _NATIVE_WEIGHTS == 0))[:, None]
-        chosen = tl.where(biases, _finite(chosen + chosen_bias), chosen)
-    if SCORING == "softmax" and HAS_ROWS:
-        if tl.max(native.to(tl.int32), axis=0) > 0:
-            native_top, native_total = _softmax_sums(x, is_expert, BLOCK_TOKENS)
-            top = tl.where(native, native_top, top)
-            total = tl.where(native, native_total, total)
-        weighs_chosen = forced & (native == 0)
-        if tl.max(weighs_chosen.to(tl.int32), axis=0) > 0:
-            chosen_top, chosen_total = _softmax_sums(chosen, mask_k, BLOCK_TOKENS)
-            top = tl.where(weighs_chosen, chosen_top, top)
-            total = tl.where(weighs_chosen, chosen_total, total)
-    weights = tl.where(mask_k & (offs_k < _column(num_left, BLOCK_TOKENS)), _score(chosen, top, total, SCORING, BLOCK_TOKENS), 0.0)
-    if RENORMALIZE:
-        sum_of_weights = _column(tl.sum(weights, axis=1), BLOCK_TOKENS)
-        weights = tl.where(sum_of_weights > 0, weights / sum_of_weights, 0.0)
-    weights = weights * routed_scaling_factor
-    if HAS_ROWS:
-        explicit = (flags & _EXPLICIT_WEIGHTS) != 0
-        if tl.max(explicit.to(tl.int32), axis=0) > 0:
-            given = tl.load(forced_weights_ptr + at[:, None] * TOP_K + offs_k, mask=mask_k & explicit[:, None], other=0.0)
-            weights = tl.where(explicit[:, None], given, weights)
+    else:
+        ids, weights = _gate(
+            x,
+            logits_at,
+            expert,
+            is_expert,
+            is_token,
+            offs_k,
+            row,
+            flags_ptr,
+            allowed_ptr,
+            forced_ids_ptr,
+            forced_weights_ptr,
+            score_bias_ptr,
+            correction_bias,
+            routed_scaling_factor,
+            False,
+            False,
+            NUM_EXPERTS,
+            TOP_K,
+            BLOCK_TOKENS,
+            BLOCK_GROUPS,
+            BLOCK_SIZE,
+            SCORING,
+            RENORMALIZE,
+            NUM_GROUPS,
+            TOPK_GROUP,
+            GROUP_TOP2,
+            PACKED_KEYS,
+        )
     if HAS_PADDING:
         padding = tl.load(is_padding_ptr + token, mask=is_token, other=0).to(tl.int1)[:, None]
         ids = tl.where(padding, -1, ids)
