@@ -108,8 +108,8 @@ class CompiledPlan:
     native: bool = False
     prompt: PromptBinding | None = None
     # Directives of each column, and of all columns before each.
-    _counts: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _cumulative: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _counts: list[int] = field(init=False, repr=False)
+    _cumulative: list[int] = field(init=False, repr=False)
     # Rows that are not those of the plan that this one was copied from.
     _num_own: int = field(init=False, repr=False)
     # Column -> digest of what it does, made when it is first asked for.
@@ -118,9 +118,9 @@ class CompiledPlan:
     def __post_init__(self) -> None:
         self.block.setflags(write=False)
         counts = (self.block != NO_ROW).sum(axis=0)
-        object.__setattr__(self, "_counts", counts)
+        object.__setattr__(self, "_counts", counts.tolist())
         object.__setattr__(self, "_num_own", len(self.rows))
-        object.__setattr__(self, "_cumulative", np.concatenate([[0], np.cumsum(counts[:-2])]))
+        object.__setattr__(self, "_cumulative", [0, *np.cumsum(counts[:-2]).tolist()])
 
     @property
     def num_bytes(self) -> int:
@@ -152,9 +152,9 @@ class CompiledPlan:
     def num_routes(self, start: int, end: int, prompt_len: int) -> int:
         """How many (layer, token) routes the plan sets for positions `start` to `end` (exclusive)."""
         listed = self.num_listed
-        num = int(self._cumulative[min(end, listed)] - self._cumulative[min(start, listed)])
-        num += int(self._counts[listed]) * max(0, min(end, prompt_len) - max(start, listed))
-        return num + int(self._counts[listed + 1]) * max(0, end - max(start, prompt_len, listed))
+        num = self._cumulative[min(end, listed)] - self._cumulative[min(start, listed)]
+        num += self._counts[listed] * max(0, min(end, prompt_len) - max(start, listed))
+        return num + self._counts[listed + 1] * max(0, end - max(start, prompt_len, listed))
 
     def cache_key(self, start: int, end: int, prompt_len: int) -> bytes | None:
         """16 bytes over what the plan does to positions `start` to `end` (exclusive); None if it does nothing there.

@@ -44,13 +44,15 @@ class _Parts:
             return self._fields
         # The last token is never fed back: it has no route.
         fields = self._fields
+        num_computed = num_prompt + max(num_output, 1) - 1
         start = fields.get("routes_start", 0)
-        ids, weights = self._routes(start, num_prompt + max(num_output, 1) - 1)
+        ids, weights = self._routes(start, num_computed)
+        routes_set, end, per_token = fields.get("routes", (0, 0, 0))
         scores = fields.get("scores")
         return Receipt(
             plan=fields["plan"],
             policy=fields["policy"],
-            routes_set=fields.get("routes_set", 0),
+            routes_set=routes_set + per_token * max(0, num_computed - end),
             cached_tokens=fields["cached_tokens"],
             route_ids=ids,
             route_weights=weights,
@@ -93,7 +95,7 @@ def with_receipt(state: Any, kv_transfer_params: dict[str, Any] | None, has_ende
         if parts is None:
             parts = state.__dict__[PARTS] = _Parts()
         parts.add(news)
-    if parts is None:
+    if parts is None or (news is None and not has_ended):
         return kv_transfer_params
     others = {key: value for key, value in (kv_transfer_params or {}).items() if key != RECEIPT_KEY}
     if not has_ended:

@@ -42,6 +42,8 @@ class StepProgress:
     Attributes:
         routes_set: (layer, token) routes set so far.
         first_position: first position that this engine computed for the request.
+        end: one past the last position that `routes_set` counts.
+        routes_per_token: routes that each further token sets, until the next report.
         chunk_start: position of the first row of `route_ids`.
         route_ids: int32 [num_tokens, num_moe_layers, top_k] of this step, or None.
         route_weights: float32, same shape, or None.
@@ -52,6 +54,8 @@ class StepProgress:
 
     routes_set: int
     first_position: int
+    end: int = 0
+    routes_per_token: int = 0
     chunk_start: int = 0
     route_ids: np.ndarray | None = None
     route_weights: np.ndarray | None = None

@@ -60,8 +60,6 @@ class _Open:
 
     def news(self, active: ActivePolicy) -> dict[str, Any] | None:
         """Fields of the receipt that changed since the last call, as `assembly.py` reads them; None: none did."""
-        if not self.is_new and self.context is None:
-            return None
         news: dict[str, Any] = {}
         if self.is_new:
             self.is_new = False
@@ -70,14 +68,15 @@ class _Open:
             news |= {"policy_mode": active.mode if active.policy is not None else None, "earlier_policies": self.earlier}
             news["routes_start"] = self._routes_start()
         if self.progress is not None:
-            news |= {"routes_set": self.progress.routes_set, "cached_tokens": self.progress.first_position}
+            step, self.progress = self.progress, None
+            news |= {"routes": (step.routes_set, step.end, step.routes_per_token), "cached_tokens": step.first_position}
         if self.chunks:
             news["chunks"] = [(start, *ids.shape, ids.tobytes(), weights.tobytes()) for start, ids, weights in self.chunks]
             self.chunks = []
         if self.scores_are_new:
             self.scores_are_new = False
             news["scores"] = self.scores.tolist()
-        return news
+        return news or None
 
 
 class ReceiptBook:

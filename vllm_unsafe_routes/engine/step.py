@@ -19,6 +19,7 @@ import torch
 
 from ..compiled import CompiledPlan
 from ..extras import RouteExtras
+from .progress import StepProgress
 
 # Slot 0 of the device table belongs to every request without a plan.
 NO_PLAN_SLOT = 0
@@ -44,14 +45,24 @@ class Resident:
     prompt_len: int
     start: int
     end: int = 0
+    # The start that was told when every further token had come to set as many routes.
+    _told: int | None = None
 
-    def num_set(self) -> int:
-        """(layer, token) routes that its plan has set so far."""
-        return 0 if self.plan is None else self.plan.num_routes(self.start, max(self.start, self.end), self.prompt_len)
+    def news(self) -> StepProgress | None:
+        """Where it is after a step; None if that follows from what was said, as in decoding."""
+        if self._told == self.start and not self.extras.wants_routes and self.extras.score is None:
+            return None
+        plan, prompt_len, end = self.plan, self.prompt_len, max(self.start, self.end)
+        is_steady = plan is None or end >= max(plan.num_listed, prompt_len)
+        self._told = self.start if is_steady else None
+        if plan is None:
+            return StepProgress(0, self.start, end)
+        per_token = plan.num_routes(end, end + 1, prompt_len) if is_steady else 0
+        return StepProgress(plan.num_routes(self.start, end, prompt_len), self.start, end, per_token)
 
     def restart(self) -> None:
         """The request will be computed again from its first token."""
-        self.start, self.end = sys.maxsize, 0
+        self.start, self.end, self._told = sys.maxsize, 0, None
 
 
 class Part(NamedTuple):

@@ -26,7 +26,7 @@ from .gates import warn_of_gates
 from .jitter import LogitJitter
 from .log import logger_of
 from .policy_rows import PolicyRows
-from .progress import RouteCounts, StepProgress, StepReport
+from .progress import RouteCounts, StepReport
 from .router import RouterHooks, RouterState, Routing, bind_routers, controllers
 from .row_index import RowIndex
 from .scoring import Scoring
@@ -224,7 +224,7 @@ class RouteController:
             self.watch.collect()
         if self._counts.is_on:
             self._counts.collect(step)
-        report.progress = {part.req_id: StepProgress(part.resident.num_set(), part.resident.start) for part in step.parts}
+        report.progress = {part.req_id: news for part in step.parts if (news := part.resident.news()) is not None}
         if self._capture is not None and self._capture.is_on:
             self._capture.collect(step, report)
         if self._scoring is not None and step.parts and hidden_states is not None:
