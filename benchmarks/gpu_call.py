@@ -58,7 +58,7 @@ class Part:
 
 CHECKS = "--jobs 6 --only kernels,replays,identity,exact-olmoe,agree-olmoe,exact-deepseek_v2_lite"
 SHAPES = "OLMoE,DeepSeek-V2-Lite,Mixtral,DeepSeek-V3"
-SERVING = "--models olmoe --engines routes,policy --rounds 99"
+SERVING = "--models olmoe --engines routes,again,fused --rounds 99"
 # Rounds go on until the time is up. Eager engines start soonest, and cells replay no graph.
 CALLS = {
     "1": (
@@ -69,7 +69,7 @@ CALLS = {
     "2": (
         Part(120, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
         Part(260, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
-        Part(300, "routes_exact.py", "--only exact-olmoe --mode full"),
+        Part(340, "floors.py", "--models olmoe --only decode,search"),
     ),
     "eager": (
         Part(120, "serving_cost.py", f"{SERVING} --mode eager"),

@@ -1,10 +1,11 @@
 """What route control costs in serving: throughput with this plugin against stock vLLM, turn by turn.
 
 Variants: stock (the plugin is not loaded), idle (overrides enabled, none used), policy (some experts banned at every layer), plans
-(a plan on every request: a mask on all tokens of two layers and up to ten forced routes) and, on a GPU, eager (no plugin, but eager
-mode forced, as plugins that hook modules must). Each engine is a process of its own; all of a group stay up and take turns on the
-same requests, in an order that rotates from round to round. The figure is the ratio of a variant's throughput to stock's in the
-same round. "idle" and "plans" are requests to one engine.
+(a plan on every request: a mask on all tokens of two layers and up to ten forced routes) and, on a GPU, fused (idle, with the route
+kernel in the place of vLLM's gating), again (a second stock engine: what two engines of one kind differ by) and eager (no plugin,
+but eager mode forced, as plugins that hook modules must). Each engine is a process of its own; all of a group stay up and take
+turns on the same requests, in an order that rotates from round to round. The figure is the ratio of a variant's throughput to
+stock's in the same round. "idle" and "plans" are requests to one engine.
 
     python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
     python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
@@ -46,10 +47,20 @@ VARIANTS = {
     "idle": "overrides enabled, none used",
     "policy": "a policy at every layer",
     "plans": "a plan on every request",
+    "fused": "overrides enabled, none used, gating fused",
+    "again": "stock in a second engine",
     "eager": "stock in forced eager mode",
 }
 # variant -> the engine that serves it
-ENGINES = {"stock": "stock", "idle": "routes", "plans": "routes", "policy": "policy", "eager": "eager"}
+ENGINES = {
+    "stock": "stock",
+    "idle": "routes",
+    "plans": "routes",
+    "policy": "policy",
+    "fused": "fused",
+    "again": "again",
+    "eager": "eager",
+}
 AGAINST = ", other tree"
 # Beside weights and KV: CUDA context, activations, graphs.
 OVERHEAD = int(2.5 * common.GIB)
@@ -72,8 +83,9 @@ def serve(options: dict[str, Any]) -> Talk:
     if name == "policy":
         layers = {str(layer): {"disabled": list(range(1, 1 + min(4, spare - 2)))} for layer in shape.moe_layers}
         settings["additional_config"] = {"unsafe_routes": {"policy": {"version": "route-policy/1", "layers": layers}}}
-    elif name == "routes":
-        settings["additional_config"] = {"unsafe_routes": {"allow_overrides": True}}
+    elif name in ("routes", "fused"):
+        gating = {"gating": "fused"} if name == "fused" else {}
+        settings["additional_config"] = {"unsafe_routes": {"allow_overrides": True, **gating}}
     llm = LLM(options["folder"], **settings)
     if settings.get("load_format") == "dummy":
         enliven(llm, shape.num_experts)
@@ -170,7 +182,7 @@ def start_engine(name: str, subject: Subject, run: Run, against: Path | None, lo
     if subject.config["model_type"] == "deepseek_v2":
         settings |= common.latent_settings(run)
     env = common.engine_environment(run, v2=False)
-    if name in ("stock", "eager"):
+    if name in ("stock", "again", "eager"):
         env["VLLM_PLUGINS"] = ""
     if name.endswith(AGAINST):
         env["PYTHONPATH"] = os.pathsep.join([str(against), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -306,7 +318,9 @@ def trees_table(rows: Rows) -> str:
 
 def main() -> int:
     options = common.parser(__doc__, rounds=9)
-    options.add_argument("--engines", metavar="NAME,…", help="beside stock: routes (idle, plans), policy, eager; default: all")
+    options.add_argument(
+        "--engines", metavar="NAME,…", help="beside stock: routes (idle, plans), policy, fused, again, eager; default: all"
+    )
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
     run = common.run_of(args)
@@ -317,6 +331,7 @@ def main() -> int:
     if unknown := set(engines) - set(every):
         options.error(f"no engine {', '.join(sorted(unknown))}; known are {', '.join(every)}")
     engines = [name for name in engines if name != "eager" or (run.on_gpu and run.mode != "eager")]
+    engines = [name for name in engines if name not in ("fused", "again") or run.device == "cuda"]
     engines += [f"{name}{AGAINST}" for name in ("routes", "policy") if against]
     for key in run.models:
         subject = subject_of(key, run)
