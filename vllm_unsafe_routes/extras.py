@@ -7,6 +7,7 @@
 | `return_routes` | true or false | the receipt holds the routes used |
 | `routes_start` | integer | beside `return_routes`: first position whose routes come back; those before it are known already |
 | `score_tokens` | flat list of integers | first row, width, `width` token ids for every row: the receipt holds their log-probs |
+| `usage_label` | string | the request's tokens count under this name in the expert usage as well; changes nothing else |
 
 A delta lets a search send its long common plan as a string that every process has already compiled, and each candidate as a
 few integers. Row r of a score is the distribution after prompt token r; the plan's `prompt` ends with the first row, and what
@@ -31,7 +32,10 @@ from .wire import PLAN_KEY, RETURN_ROUTES_KEY
 DELTA_KEY = "route_delta"
 SCORE_KEY = "score_tokens"
 ROUTES_START_KEY = "routes_start"
-KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, ROUTES_START_KEY, SCORE_KEY)
+USAGE_LABEL_KEY = "usage_label"
+# Those of `RouteExtras`, and all.
+ROUTE_KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, ROUTES_START_KEY, SCORE_KEY)
+KEYS = (*ROUTE_KEYS, USAGE_LABEL_KEY)
 _TRUE, _FALSE = (True, 1, "true", "True", "1"), (False, 0, None, "false", "False", "0")
 
 
@@ -125,7 +129,7 @@ class RouteExtras:
             RouteError: a value of a wrong type.
 
         """
-        if not extra_args or not any(key in extra_args for key in KEYS):
+        if not extra_args or not any(key in extra_args for key in ROUTE_KEYS):
             return None
         plan = extra_args.get(PLAN_KEY)
         if plan is not None and not isinstance(plan, str):

@@ -107,6 +107,16 @@ def test_no_policy_counts_nothing(exporter):
     assert [sample("plans_refused_total", reason=reason) for reason in ("policy", "table", "invalid")] == [2, 1, 0]
 
 
+def test_usage_becomes_increments(exporter):
+    usage = {"labels": ["eval"], "layers": [1, 3], "counts": [[[5, 0], [2, 3]], [[0, 1], [0, 0]]]}
+    exporter.export_usage({**usage, "counts": None})
+    exporter.export_usage(usage)
+    exporter.export_usage({**usage, "counts": [[[5, 0], [2, 4]], [[0, 1], [0, 0]]]})
+    assert [sample("expert_tokens_total", layer="1", expert=expert, request_label="") for expert in "01"] == [5, None]
+    assert [sample("expert_tokens_total", layer="3", expert=expert, request_label="") for expert in "01"] == [2, 4]
+    assert sample("expert_tokens_total", layer="1", expert="1", request_label="eval") == 1
+
+
 class Client:
     """An engine client that answers utility calls from a list."""
 
@@ -149,6 +159,7 @@ def site(monkeypatch):
 
 
 PATH = "/unsafe-routes/policy"
+USAGE_PATH = "/unsafe-routes/usage"
 
 
 def test_without_a_token_everything_is_refused(site):
@@ -187,6 +198,15 @@ def test_the_front_end_follows_before_it_answers(site):
         "requests_restarted": 3,
         "requests_aborted": 1,
     }
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_usage_is_refused_like_the_policy(site, method):
+    assert site(Client(), None).request(method, USAGE_PATH).status_code == 403
+    client = Client({"error": "not counted", "kind": "conflict"})
+    answer = site(client).request(method, USAGE_PATH)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (409, "not counted")
+    assert client.calls == ["unsafe_routes_usage"]
 
 
 def test_a_body_without_end(site, monkeypatch):

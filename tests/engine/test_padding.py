@@ -74,9 +74,10 @@ def test_padded_batches_give_the_same_routes_and_counts(kernel, tiny_model, monk
     monkeypatch.setenv("VLLM_UNSAFE_ROUTES_KERNEL", kernel)
 
     def outputs():
-        with engine(tiny_model("olmoe"), {"allow_overrides": True, "policy": POLICY}) as llm:
+        with engine(tiny_model("olmoe"), {"allow_overrides": True, "policy": POLICY, "usage": ["eval"]}) as llm:
             outputs = generate(llm, prompts, extras)
-            return outputs, llm.llm_engine.engine_core.engine_core.unsafe_routes_status()["counts"]
+            core = llm.llm_engine.engine_core.engine_core
+            return outputs, [core.unsafe_routes_status()["counts"], core.unsafe_routes_usage("read")["counts"]]
 
     expected, expected_counts = outputs()
     own, padded = model_runner.dispatch_cg_and_sync_dp, []

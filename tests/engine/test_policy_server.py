@@ -28,6 +28,7 @@ pytestmark = pytest.mark.v1_only  # server processes of their own
 TOKEN = "zorblax"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 PATH = "/unsafe-routes/policy"
+USAGE_PATH = "/unsafe-routes/usage"
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 16, 4
 # Each policy leaves what the other bans, so that a token routed under the wrong one can hardly hide.
 BANNED = {
@@ -57,7 +58,7 @@ def start(tiny_model, folder, *flags):
 
 @pytest.fixture(scope="module")
 def guarded(tiny_model, tmp_path_factory):
-    with start(tiny_model, tmp_path_factory.mktemp("guarded"), *CROWDED) as started:
+    with start(tiny_model, tmp_path_factory.mktemp("guarded"), *CROWDED, "--route-usage-labels", "counted") as started:
         yield started
 
 
@@ -216,6 +217,32 @@ def test_the_metrics_of_a_policy(under_a):
     assert sample("policy_info", digest=digests["a"], mode="enforce") == 0
     assert sample("policy_info", digest=digests["b"], mode="enforce") == 1
     assert sample("policy_swaps_total") > 0
+
+
+def test_expert_usage_over_http_and_as_metrics(under_a):
+    def usage(method, headers=ADMIN):
+        return httpx.request(method, under_a.url + USAGE_PATH, headers=headers, timeout=60)
+
+    assert usage("DELETE", {}).status_code == 401
+    prompt = random_prompt(random.Random(7), 40, VOCAB_SIZE)
+    complete(under_a, prompt)
+    assert usage("DELETE").status_code == 200
+    assert not np.any(usage("GET").json()["counts"])
+    receipt = receipt_of_answer(complete(under_a, prompt, usage_label="counted", return_routes=True))
+    expected = [np.bincount(receipt.route_ids[:, slot].ravel(), minlength=NUM_EXPERTS).tolist() for slot in range(NUM_LAYERS)]
+    complete(under_a, prompt, max_tokens=2)
+    found = usage("GET").json()
+    assert found["layers"] == [0, 1, 2]
+    assert found["by_label"] == {"counted": expected}
+    assert sum(map(sum, found["counts"])) > sum(map(sum, expected))
+    assert usage("DELETE").json() == found
+    assert not np.any(usage("GET").json()["counts"])
+    refused = complete(under_a, prompt, usage_label="other")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "usage_label")
+    for slot, counts in enumerate(expected):
+        for expert, count in enumerate(counts):
+            sample = f'vllm:unsafe_routes_expert_tokens_total{{expert="{expert}",layer="{slot}",request_label="counted"}}'
+            eventually(lambda sample=sample, count=count: under_a.metrics().get(sample, 0) == count)
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Runs one batch in a process of its own and writes what came out: `python batch_runner.py job.json out.json`.
 
 A job: {"model", "routes" (or null), "settings", "prompts", "extras", "sampling"}. Log-probabilities are written exactly. With
-"cells", arguments of `Cells.of`, the last result is {"scores"} of the candidates, or {"error"} where the engine cannot score cells.
+"cells", arguments of `Cells.of`, the last result is {"scores"} of the candidates, or {"error"} where the engine cannot score cells;
+with "usage" it is the expert usage.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ def scores_of(llm: Any, arguments: list[Any]) -> dict[str, Any]:
 def main() -> None:
     from engines import chosen_logprobs, engine, generate
 
+    from vllm_unsafe_routes.engine.usage import expert_usage
+
     job = json.loads(Path(sys.argv[1]).read_text())
     with engine(job["model"], job["routes"], **job["settings"]) as llm:
         outputs = generate(llm, job["prompts"], job["extras"], **job["sampling"])
-        scored = [scores_of(llm, job["cells"])] if "cells" in job else []
+        last = [scores_of(llm, job["cells"])] if "cells" in job else [expert_usage(llm)] if "usage" in job else []
     results = [
         {
             "token_ids": list(output.outputs[0].token_ids),
@@ -57,7 +60,7 @@ def main() -> None:
         }
         for output in outputs
     ]
-    Path(sys.argv[2]).write_text(json.dumps([*results, *scored]))
+    Path(sys.argv[2]).write_text(json.dumps([*results, *last]))
 
 
 if __name__ == "__main__":

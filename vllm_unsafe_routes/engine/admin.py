@@ -1,10 +1,12 @@
-"""The admin endpoint of a server: which policy is in force, and putting another one in force.
+"""The admin endpoint of a server: which policy is in force, putting another one in force, and how often experts are picked.
 
 An endpoint plugin of vLLM (group `vllm.endpoint_plugins`), which is loaded only if `VLLM_PLUGINS` names it. vLLM's own `--api-key`
-does not cover its path; it has a token of its own, because who may complete a prompt need not be who may change the policy.
+does not cover its paths; they have a token of its own, because who may complete a prompt need not be who may change the policy.
 
     GET /unsafe-routes/policy             the active policy's digest, mode and content
     PUT /unsafe-routes/policy[?mode=...]  body: a route-policy/1 document; answers once every worker runs it
+    GET /unsafe-routes/usage              how often each expert was picked since the last reset, in all and by label
+    DELETE /unsafe-routes/usage           the same, and count from 0 again
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from .config import route_config
 from .log import logger_of
 from .plugin import OFF_SWITCH, is_registered, monitor_of
 from .swap import BAD_POLICY, REPLACE_METHOD, STATUS_METHOD, SwapError, checked
+from .usage import READ, RESET, USAGE_METHOD, usage_document
 
 logger = logger_of(__name__)
 
 TOKEN_ENV = "VLLM_UNSAFE_ROUTES_ADMIN_TOKEN"
 PATH = "/unsafe-routes/policy"
+USAGE_PATH = "/unsafe-routes/usage"
 MAX_BODY_BYTES = 8 << 20
 _STATE = "unsafe_routes_admin"
 
@@ -47,6 +51,7 @@ class PolicyEndpoint:
         router = APIRouter()
         router.add_api_route(PATH, show_policy, methods=["GET"], include_in_schema=False)
         router.add_api_route(PATH, put_policy, methods=["PUT"], include_in_schema=False)
+        router.add_api_route(USAGE_PATH, show_usage, methods=["GET", "DELETE"], include_in_schema=False)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -59,7 +64,7 @@ class PolicyEndpoint:
         if not is_registered() and os.environ.get(OFF_SWITCH, "0") in ("", "0"):
             raise RuntimeError(f"VLLM_PLUGINS names {self.name} but not unsafe_routes, which controls the routes; name both")
         if not os.environ.get(TOKEN_ENV):
-            logger.warning("%s is not set: %s refuses everything", TOKEN_ENV, PATH)
+            logger.warning("%s is not set: %s and %s refuse everything", TOKEN_ENV, PATH, USAGE_PATH)
         setattr(state, _STATE, _Admin(engine_client))
 
 
@@ -145,6 +150,19 @@ async def put_policy(request: Request) -> JSONResponse:
             "requests_aborted": len(said["aborted"]),
         }
     )
+
+
+async def show_usage(request: Request) -> JSONResponse:
+    """Answer GET and DELETE."""
+    refusal = _refusal(request)
+    if refusal is not None:
+        return refusal
+    client = getattr(request.app.state, _STATE).client
+    said = await client.engine_core.call_utility_async(USAGE_METHOD, RESET if request.method == "DELETE" else READ)
+    try:
+        return JSONResponse(usage_document(said))
+    except SwapError as error:
+        return _error(HTTPStatus.CONFLICT, str(error))
 
 
 async def _swap(client: Any, policy: RoutePolicy, mode: str | None) -> Any:

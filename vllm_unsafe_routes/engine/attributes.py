@@ -12,3 +12,5 @@ ANSWER = "unsafe_routes_answer"
 # `Reserve` on a scheduler, `CellScorer` on a model runner.
 RESERVE = "unsafe_routes_reserve"
 CELLS = "unsafe_routes_cells"
+# On an engine core: since when expert usage is counted, and what had been counted before.
+USAGE = "unsafe_routes_usage_since"

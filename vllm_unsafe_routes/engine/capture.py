@@ -1,4 +1,4 @@
-"""The routes of `return_routes`: written by the route kernel layer by layer, handed back as part of a step's progress."""
+"""The routes as they are used: written by the route kernel layer by layer, handed back for `return_routes`, counted for `usage`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vllm.distributed.parallel_state import get_pp_group
 
 from .progress import StepProgress, StepReport
 from .step import Step
+from .usage import ExpertUsage
 
 
 class RouteCapture:
@@ -21,13 +22,22 @@ class RouteCapture:
         device: where the model runs.
         always: captured graphs repeat what is decided now, so every step is written.
         local_slots: MoE slots of this pipeline rank.
+        usage: counts the routes of every step, if they are to be counted.
 
     Attributes:
         is_on: somebody wants this step's routes.
 
     """
 
-    def __init__(self, size: tuple[int, int, int], device: torch.device, always: bool, local_slots: Sequence[int]) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        device: torch.device,
+        always: bool,
+        local_slots: Sequence[int],
+        usage: ExpertUsage | None = None,
+    ) -> None:
+        self.usage = usage
         self._always = always
         self._local_slots = local_slots
         self.is_on = False
@@ -36,7 +46,7 @@ class RouteCapture:
 
     def stage(self, step: Step) -> None:
         """See whether somebody wants this step's routes."""
-        self.is_on = any(part.resident.extras.wants_routes for part in step.parts)
+        self.is_on = self.usage is not None or any(part.resident.extras.wants_routes for part in step.parts)
 
     def apply(self, slot: int, num_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
@@ -45,8 +55,12 @@ class RouteCapture:
         return self._ids[slot, :num_tokens], self._weights[slot, :num_tokens]
 
     def collect(self, step: Step, report: StepReport) -> None:
-        """Hand the routes of those who want them to the report, one copy for all requests."""
+        """Count the routes, and hand those that are wanted to the report, one copy for all requests."""
+        if self.usage is not None:
+            self.usage.collect(step, self._ids)
         wanted = [part for part in step.parts if part.resident.extras.wants_routes]
+        if not wanted:
+            return
         progress = report.progress
 
         def use(name: str, values: np.ndarray) -> None:

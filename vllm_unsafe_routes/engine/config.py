@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,9 @@ from ..wire import PLAN_KEY, reject_unknown_keys
 
 CONFIG_KEY = "unsafe_routes"
 GATING_CHOICES = ("native", "fused")
+# Every label is as many counters again as the model has experts.
+_MAX_USAGE_LABELS = 32
+_USAGE_LABEL = re.compile(r"[\w.:/-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class RouteConfig:
         gating: "native": the model's own gating runs first and only directed tokens are rewritten, so undirected tokens are
             bit for bit the model's own. "fused": one kernel replaces the gating of every token (Triton on GPUs).
         jitter: noise on router logits as `Jitter.to_dict`, or None.
+        usage: a list: how often experts are picked is counted, and by these labels too, which requests may bring; None: it is not.
         score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
 
     """
@@ -47,12 +52,13 @@ class RouteConfig:
     route_table_slots: int = 4096
     gating: str = "native"
     jitter: Mapping[str, Any] | None = None
+    usage: Sequence[str] | None = None
     score_blocks: int | None = None
 
     @property
     def enabled(self) -> bool:
         """Whether anything is asked for at all."""
-        return self.policy is not None or self.allow_overrides or self.jitter is not None
+        return self.policy is not None or self.allow_overrides or self.jitter is not None or self.usage is not None
 
     @classmethod
     def from_dict(cls, document: Any) -> RouteConfig:
@@ -87,6 +93,8 @@ class RouteConfig:
         blocks = values.get("score_blocks")
         if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 3):
             raise RouteError(f"score_blocks must be an integer of at least 3, or null, got {blocks!r}")
+        if values.get("usage") is not None:
+            values["usage"] = _usage_labels(values["usage"])
         if values.get("gating", "native") not in GATING_CHOICES:
             raise RouteError(f"gating {values['gating']!r} is not one of {', '.join(GATING_CHOICES)}")
         if values.get("jitter") is not None:
@@ -131,6 +139,14 @@ class RouteConfig:
         return _shared_compiler(shape, text, self.route_table_rows, self.route_table_cells)
 
 
+def _usage_labels(labels: Any) -> list[str]:
+    if not isinstance(labels, list | tuple) or not all(isinstance(item, str) and _USAGE_LABEL.fullmatch(item) for item in labels):
+        raise RouteError(f"usage must be a list of labels of 1 to 64 letters, digits and _.:/- (it may be empty), got {labels!r}")
+    if len(labels) > _MAX_USAGE_LABELS or len(set(labels)) < len(labels):
+        raise RouteError(f"usage must list at most {_MAX_USAGE_LABELS} labels, each once, got {list(labels)}")
+    return list(labels)
+
+
 @lru_cache(maxsize=4)
 def _shared_compiler(shape: ModelShape, policy_text: str | None, num_rows: int, num_cells: int) -> PlanCompiler:
     """One compiler for all parts of an engine that live in one process, so that they compile a plan once."""
@@ -153,6 +169,7 @@ def refuse_misspelled(additional_config: Mapping[str, Any]) -> None:
         "route_policy_mode",
         "enable_route_overrides",
         "route_jitter",
+        "route_usage",
         PLAN_KEY,
     ]
     names += [item.name for item in fields(RouteConfig) if "_" in item.name]

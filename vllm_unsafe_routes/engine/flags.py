@@ -45,6 +45,18 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         help="Noise of at most SCALE on router logits, so that a searched route is not repeatable; or an object with scale, "
         "seed and layers. Off by default. Tokens that a plan forces keep their routes.",
     )
+    group.add_argument(
+        "--route-usage",
+        action="store_true",
+        default=False,
+        help="Count how often each expert of each layer is picked: in /metrics, and in GET /unsafe-routes/usage.",
+    )
+    group.add_argument(
+        "--route-usage-labels",
+        metavar="LABEL,...",
+        default=None,
+        help="Count, and by these labels too, which requests bring as vllm_xargs.usage_label.",
+    )
 
 
 def fold_cli_arguments(args: argparse.Namespace) -> None:
@@ -61,7 +73,8 @@ def fold_cli_arguments(args: argparse.Namespace) -> None:
         # A policy's content, not its path: the file may change while the processes start.
         args.additional_config = {**merged, CONFIG_KEY: RouteConfig.from_dict(merged[CONFIG_KEY]).to_dict()}
         args.route_policy = args.route_policy_mode = args.route_jitter = None
-        args.enable_route_overrides = False
+        args.route_usage_labels = None
+        args.enable_route_overrides = args.route_usage = False
     middleware = getattr(args, "middleware", None)
     if middleware is not None and _MIDDLEWARE not in middleware:
         args.middleware = [*middleware, _MIDDLEWARE]
@@ -76,7 +89,9 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
     """
     policy, overrides = getattr(args, "route_policy", None), getattr(args, "enable_route_overrides", False)
     mode, jitter = getattr(args, "route_policy_mode", None), getattr(args, "route_jitter", None)
-    if policy is None and mode is None and jitter is None and not overrides:
+    labels = getattr(args, "route_usage_labels", None)
+    usage = labels.split(",") if labels is not None else [] if getattr(args, "route_usage", False) else None
+    if policy is None and mode is None and jitter is None and usage is None and not overrides:
         return additional_config
     section = additional_config.get(CONFIG_KEY) or {}
     if not isinstance(section, Mapping):
@@ -102,6 +117,10 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
         except ValueError:
             raise RouteError(f"--route-jitter must be a number or a JSON object, got {jitter!r}") from None
         section["jitter"] = value if isinstance(value, Mapping) else {"scale": value}
+    if usage is not None:
+        if section.get("usage", usage) != usage:
+            raise RouteError("--route-usage and additional_config['unsafe_routes']['usage'] are both given; keep one")
+        section["usage"] = usage
     if overrides:
         section["allow_overrides"] = True
     return {**additional_config, CONFIG_KEY: section}

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from ..compiled import CompiledPlan
 from ..compiler import PlanCompiler
 from ..errors import RouteError
-from ..extras import KEYS, ROUTES_START_KEY, SCORE_KEY, RouteExtras, ScoreSpec
+from ..extras import KEYS, ROUTE_KEYS, ROUTES_START_KEY, SCORE_KEY, USAGE_LABEL_KEY, RouteExtras, ScoreSpec
 from ..plan import RoutePlan
 from ..policy import ActivePolicy
 from ..wire import PLAN_KEY
@@ -69,6 +69,7 @@ class PlanGuard:
         params = request.sampling_params
         try:
             take_xargs(params)
+            check_usage_label(params, self.config)
             extras = RouteExtras.parse(params.extra_args if params is not None else None)
             if extras is not None:
                 self._check(request, params, extras)
@@ -101,7 +102,7 @@ class PlanGuard:
             ids = request.prompt_token_ids
             compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])
         ours = extras.to_extra_args()
-        params.extra_args = {**{key: value for key, value in params.extra_args.items() if key not in KEYS}, **ours}
+        params.extra_args = {**{key: value for key, value in params.extra_args.items() if key not in ROUTE_KEYS}, **ours}
 
 
 def _parameter(message: str, params: Any) -> str:
@@ -126,6 +127,17 @@ def take_xargs(params: Any) -> None:
     if params is None:
         raise RouteError(f"{next(iter(ours))} cannot be honoured by a request that generates nothing")
     params.extra_args = {**(params.extra_args or {}), **ours}
+
+
+def check_usage_label(params: Any, config: RouteConfig | None) -> None:
+    """Refuse a label that nothing is counted under."""
+    label = ((params and params.extra_args) or {}).get(USAGE_LABEL_KEY)
+    if label is None:
+        return
+    labels = (config and config.usage) or ()
+    if label not in labels:
+        known = f"is not one of {', '.join(labels)}" if labels else "needs an engine that counts by label"
+        raise RouteError(f"{USAGE_LABEL_KEY} {repr(label)[:80]} {known}; --route-usage-labels names them", "disabled")
 
 
 def check_score(score: ScoreSpec, num_prompt: int, vocab_size: int) -> None:

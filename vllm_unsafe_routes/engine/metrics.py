@@ -8,11 +8,13 @@ Of several API servers only the first exports what the engine counted; each expo
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from prometheus_client import Counter, Gauge
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -21,10 +23,13 @@ from ..policy import POLICY_MODES, ActivePolicy
 from .frontend import PlanGuard, plan_guard
 from .log import logger_of
 from .swap import STATUS_METHOD
+from .usage import POLL, USAGE_METHOD
 
 logger = logger_of(__name__)
 
 POLL_SECONDS = 1.0
+# Expert usage is many numbers.
+USAGE_POLL_SECONDS = 5.0
 # vLLM drops collectors with this prefix when a new engine is made in the same process, so that ours are made anew as well.
 _PREFIX = "vllm:unsafe_routes_"
 
@@ -75,7 +80,13 @@ SWAPS = Metric(_PREFIX + "policy_swaps_total", Counter, (), "Route policies that
 ROWS_USED = Metric(_PREFIX + "table_rows_in_use", Gauge, (), "Rows of the route table that hold a directive.")
 ROWS = Metric(_PREFIX + "table_rows", Gauge, (), "Rows that the route table has.")
 HELD = Metric(_PREFIX + "held_requests", Gauge, (), "Requests that wait for room in the route table.")
-METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, ROWS_USED, ROWS, HELD)
+USED = Metric(
+    _PREFIX + "expert_tokens_total",
+    Counter,
+    ("layer", "expert", "request_label"),
+    "Tokens routed to an expert, with --route-usage.",
+)
+METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, ROWS_USED, ROWS, HELD, USED)
 # A plan that the engine accepted and ended later, because a policy that was swapped in does not permit it.
 _SWAPPED_OUT = "swapped_out"
 
@@ -95,6 +106,7 @@ class Exporter:
         self._made = {metric: metric.make() for metric in METRICS}
         self._last: dict[tuple[Any, ...], int] = {}
         self._policies: set[tuple[str, str]] = set()
+        self._used: np.ndarray | None = None
         # A counter that has not counted yet still shows its labels.
         for reason in (*REASONS, _SWAPPED_OUT):
             self._count(REFUSED, 0, reason)
@@ -139,6 +151,17 @@ class Exporter:
             for layer, value in zip(self.layers, counts["displaced"][mode], strict=True):
                 self._count(DISPLACED, value, mode, layer)
 
+    def export_usage(self, usage: Mapping[str, Any]) -> None:
+        """How often experts were picked (`usage.core_usage`); only what has changed costs time."""
+        if usage["counts"] is None:
+            return
+        counts = np.array(usage["counts"])
+        changed = counts > 0 if self._used is None else counts > self._used
+        for label, slot, expert in np.argwhere(changed).tolist():
+            name = usage["labels"][label - 1] if label else ""
+            self._count(USED, int(counts[label, slot, expert]), self.layers[slot], expert, name)
+        self._used = counts
+
 
 class RouteMonitor:
     """The task of one API server that keeps its metrics and its policy up to date.
@@ -153,6 +176,7 @@ class RouteMonitor:
         self._guard = plan_guard(llm.input_processor)
         self._exporter: Exporter | None = None
         self._generation = 0
+        self._usage_due = 0.0
         if llm.log_stats:
             name = llm.vllm_config.model_config.served_model_name
             self._exporter = Exporter(name if isinstance(name, str) else name[0], self._guard.shape.moe_layers)
@@ -184,4 +208,12 @@ class RouteMonitor:
             self._exporter.export_front_end(self._guard)
             if llm.engine_core.client_index == 0:
                 self._exporter.export_engine(status)
+                await self._export_usage(llm)
         return status
+
+    async def _export_usage(self, llm: Any) -> None:
+        config, now = self._guard.config, time.monotonic()
+        if config is None or config.usage is None or self._exporter is None or now < self._usage_due:
+            return
+        self._usage_due = now + USAGE_POLL_SECONDS
+        self._exporter.export_usage(await llm.engine_core.call_utility_async(USAGE_METHOD, POLL))

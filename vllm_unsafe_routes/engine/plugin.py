@@ -60,7 +60,7 @@ def register() -> None:
         (symbols.V2_INPUTS, _v2_prepare_inputs),
     ):
         _wrap(symbol, wrapper)
-    added = (_replace_policy, _status, _use_policy, _counts, _score_cells, _score_worker_cells)
+    added = (_replace_policy, _status, _use_policy, _counts, _usage, _read_usage, _score_cells, _score_worker_cells)
     for symbol, method in zip(symbols.ADDED, added, strict=True):
         symbol.add(method)
 
@@ -365,6 +365,18 @@ def _counts(self: Any) -> Any:
     from .worker import worker_counts
 
     return worker_counts(self)
+
+
+def _usage(self: Any, ask: str) -> dict[str, Any]:
+    from .usage import core_usage
+
+    return core_usage(self, _core_admission(self), ask)
+
+
+def _read_usage(self: Any, wait: bool) -> Any:
+    from .worker import worker_usage
+
+    return worker_usage(self, wait)
 
 
 def _score_cells(self: Any, items: list[dict[str, Any]]) -> dict[str, Any]:

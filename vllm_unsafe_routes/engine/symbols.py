@@ -181,6 +181,8 @@ ADDED = (
         "vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_use_policy", ("self", "document", "planned"), "write a policy's rows"
     ),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_counts", ("self",), "what was counted so far"),
+    Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_usage", ("self", "ask"), "how often experts were picked"),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_read_usage", ("self", "wait"), "how often experts were picked"),
     Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_score_cells", ("self", "items"), "score candidates between two steps"),
     Symbol(
         "vllm.v1.worker.gpu_worker",

@@ -10,12 +10,14 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..compiled import NO_ROW
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..policy import ActivePolicy
+from ..shape import ModelShape
 from .attributes import CONTROLLER
 from .capture import RouteCapture
 from .config import RouteConfig, model_shape
@@ -33,6 +35,7 @@ from .scoring import Scoring
 from .step import NO_PLAN_SLOT, NO_STEP, Requests, Resident
 from .sums import DeviceSums
 from .supported import check_supported
+from .usage import ExpertUsage
 from .watch import Watch
 
 logger = logger_of(__name__)
@@ -53,6 +56,7 @@ class RouteController:
         shape: the model's MoE layers.
         state: what bound routers read on every call.
         bindings: the bound layers, by MoE slot.
+        capture: the routes of each step, where somebody may want them.
         policy: the active policy's rows and compiler.
         shared: tokens that stand for others, where this engine can have them.
         step: the forward pass in hand.
@@ -66,9 +70,9 @@ class RouteController:
         check_supported(vllm_config, config)
         self.shape = shape = model_shape(vllm_config)
         self.state = state = RouterState(always=device.type != "cpu")
-        num_layers, capacity = len(shape.moe_layers), _capacity(vllm_config)
+        num_layers = len(shape.moe_layers)
         self._table = DeviceTable(config, config.compiler(shape).layout, device)
-        self._index = RowIndex(self._table, num_layers, capacity)
+        self._index = RowIndex(self._table, num_layers, _capacity(vllm_config))
         jitter = config.load_jitter()
         self._jitter = None if jitter is None else LogitJitter(jitter, shape, self._index, state.always)
 
@@ -88,9 +92,11 @@ class RouteController:
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
         kept = () if hooks.fused and config.policy is None else local_slots
         self._counts = PolicyCounts(shape, self.watch.sums, self._index, local_slots, kept if state.always else None)
-        self._capture = self._scoring = self.shared = None
+        usage = None if config.usage is None else ExpertUsage(config.usage, shape, self.capacity, local_slots, device)
+        self.capture = self._scoring = self.shared = None
+        if config.allow_overrides or usage is not None:
+            self.capture = RouteCapture((num_layers, self.capacity, shape.top_k), device, state.always, local_slots, usage)
         if config.allow_overrides:
-            self._capture = RouteCapture((num_layers, capacity, shape.top_k), device, state.always, local_slots)
             self._scoring = Scoring(vllm_config.model_config.get_vocab_size())
             if can_share_rows(vllm_config, device):
                 self.shared = SharedRows(model, shape.slot_of_layer, self._index.rows)
@@ -99,15 +105,7 @@ class RouteController:
         self._report = StepReport()
         active = config.active_policy()
         self._use_policy(active)
-        logger.info(
-            "Route control: %d MoE layers bound (%d here), %d experts, top %d, policy %s, overrides %s",
-            num_layers,
-            len(self.bindings),
-            shape.num_experts,
-            shape.top_k,
-            f"{active.digest} ({active.mode})" if active.policy else "none",
-            "on" if config.allow_overrides else "off",
-        )
+        _log_start(shape, len(self.bindings), active, config)
 
     @property
     def capacity(self) -> int:
@@ -142,6 +140,8 @@ class RouteController:
         """Follow the scheduler: forget finished requests, take in new ones, note what this step computes."""
         self.step = NO_STEP
         self._requests.follow(scheduler_output, self._take_in_new, self._forget)
+        if self.capture is not None and self.capture.usage is not None:
+            self.capture.usage.follow(scheduler_output)
 
     def _take_in_new(self, new: Any) -> None:
         extras = RouteExtras.parse(new.sampling_params.extra_args if new.sampling_params is not None else None)
@@ -172,9 +172,9 @@ class RouteController:
             self._jitter.stage(step)
         self._index.stage(step)
         capturing = False
-        if self._capture is not None:
-            self._capture.stage(step)
-            capturing = self._capture.is_on
+        if self.capture is not None:
+            self.capture.stage(step)
+            capturing = self.capture.is_on
         if self.shared is not None:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
         self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
@@ -198,7 +198,7 @@ class RouteController:
         num_tokens = router_logits.shape[0]
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
         native_ids = self._counts.apply(slot, num_tokens)
-        routes = (None, None) if self._capture is None else self._capture.apply(slot, num_tokens)
+        routes = (None, None) if self.capture is None else self.capture.apply(slot, num_tokens)
         watch = self.watch.apply(slot, router_logits)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
         binding, policy, is_idle = self.bindings[slot], self.policy, self._index.is_idle
@@ -225,8 +225,8 @@ class RouteController:
         if self._counts.is_on:
             self._counts.collect(step)
         report.progress = {part.req_id: news for part in step.parts if (news := part.resident.news()) is not None}
-        if self._capture is not None and self._capture.is_on:
-            self._capture.collect(step, report)
+        if self.capture is not None and self.capture.is_on:
+            self.capture.collect(step, report)
         if self._scoring is not None and step.parts and hidden_states is not None:
             self._scoring.collect(step, report, model, hidden_states)
 
@@ -239,6 +239,18 @@ class RouteController:
     def counts(self) -> RouteCounts:
         """What was counted so far; waits for the device."""
         return self.watch.sums.read()
+
+
+def _log_start(shape: ModelShape, num_bound: int, active: ActivePolicy, config: RouteConfig) -> None:
+    logger.info(
+        "Route control: %d MoE layers bound (%d here), %d experts, top %d, policy %s, overrides %s",
+        len(shape.moe_layers),
+        num_bound,
+        shape.num_experts,
+        shape.top_k,
+        f"{active.digest} ({active.mode})" if active.policy else "none",
+        "on" if config.allow_overrides else "off",
+    )
 
 
 def check_forward(controller: RouteController, forward: Callable[[], object]) -> None:
@@ -256,6 +268,12 @@ def replace_worker_policy(worker: Any, document: dict[str, Any], planned: list[s
 def worker_counts(worker: Any) -> RouteCounts:
     """`RouteController.counts` of a vLLM worker; called over `collective_rpc`."""
     return controller_of(worker).counts()
+
+
+def worker_usage(worker: Any, wait: bool) -> np.ndarray | None:
+    """`ExpertUsage.read` of a vLLM worker; called over `collective_rpc`."""
+    capture = controller_of(worker).capture
+    return None if capture is None or capture.usage is None else capture.usage.read(wait)
 
 
 def controller_of(worker: Any) -> RouteController:
