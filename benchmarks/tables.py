@@ -31,7 +31,7 @@ from common import NOT_MEASURED, ROOT, Rows, markdown, read_csv, read_rows, rewr
 QUESTIONS = {
     "routes_exact": ("check", "mode"),
     "kernel_speed": ("shape", "num_tokens"),
-    "serving_cost": ("model", "commit"),
+    "serving_cost": ("model", "load", "variant"),
     "search_speed": ("model", "kind"),
     "floors": ("model", "kind", "workload"),
     "policy_serving": (),
