@@ -6,9 +6,9 @@
 Arguments, constants and warps are those of the real launch: the launch code is asked for them with tensors that have a shape
 but no memory, and Triton's own binder turns them into a signature. Registers, stack and shared memory come from the cubin
 (cuobjdump) or the amdgcn metadata, instructions and load widths from the disassembly. Instructions are those of one warp; for the
-route kernel with one token a program on CUDA, those on the shortest path that makes all top_k selections: the path of a token that
-is masked or, with a table, has no directive. Elsewhere it is all of them, whichever branch they are on. Registers are per thread
-(VGPRs on AMD).
+route kernel with one token a program on CUDA, those on the shortest path that makes all top_k selections: with a table that of a
+token without a directive, and under "only directed tokens" that of a masked one. Elsewhere it is all of them, whichever branch they
+are on. Registers are per thread (VGPRs on AMD).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One prepared call on a GPU host: unpack an engine, lay out the project beside it, then one part after another by its deadline.
 
-    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 1      # checks, kernel, serving: 320 s
-    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, full graphs: 300 s
+    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 1      # checks, kernel, serving: 345 s
+    UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, profile: 390 s
     python3 benchmarks/gpu_call.py 1 --rehearse                        # every step on CPU, tiny; no figure counts
 
 Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if
@@ -62,14 +62,14 @@ SERVING = "--models olmoe --engines routes,again,fused --rounds 99"
 # Rounds go on until the time is up. Eager engines start soonest, and cells replay no graph.
 CALLS = {
     "1": (
-        Part(130, "routes_exact.py", CHECKS),
-        Part(172, "kernel_speed.py", f"--only {SHAPES}"),
-        Part(320, "serving_cost.py", SERVING),
+        Part(155, "routes_exact.py", CHECKS),
+        Part(205, "kernel_speed.py", f"--only {SHAPES}"),
+        Part(345, "serving_cost.py", SERVING),
     ),
     "2": (
-        Part(120, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
-        Part(260, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
-        Part(340, "floors.py", "--models olmoe --only decode,search"),
+        Part(140, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 1"),
+        Part(310, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
+        Part(390, "floors.py", "--models olmoe --only decode,search"),
     ),
     "eager": (
         Part(120, "serving_cost.py", f"{SERVING} --mode eager"),

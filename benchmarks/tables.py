@@ -99,8 +99,8 @@ def merge(question: str, rows: Rows, results: Path) -> Path:
     """Write rows into the committed file; rows there of what was not measured now stay."""
     path = csv_of(question, rows[0]["device"], results)
 
-    def subject(row: dict[str, object]) -> tuple[object, ...]:
-        return tuple(row.get(name) or "" for name in QUESTIONS[question])
+    def subject(row: dict[str, object]) -> tuple[str, ...]:
+        return tuple(str(row.get(name) or "") for name in QUESTIONS[question])  # as text, which a CSV file has
 
     new = {subject(row) for row in rows}
     kept = [row for row in read_csv(path) if subject(row) not in new] if path.exists() else []
@@ -133,9 +133,11 @@ def gpu_summary(results: Path) -> str:
     passed = sum(row["result"] == "pass" for row in checks)
     lines = [["checks passed", f"{passed} of {len(checks)}" if checks else NOT_MEASURED]]
     for variant, name in serving_cost.VARIANTS.items():
-        ratios = [float(row["ratio_to_stock"]) for row in rows["serving_cost"] if row["variant"] == variant]
-        lines.append([f"tokens/s against stock vLLM, {name}", spread(ratios, 3, 2)])
-    ours = [row for row in speed if row["variant"].startswith(search_speed.WAYS)]
+        mine = [row for row in rows["serving_cost"] if row["variant"] == variant and row["load"].startswith("decode")]
+        lines.append(
+            [f"tokens/s in decoding against stock vLLM, {name}", spread([float(row["ratio_to_stock"]) for row in mine], 3, 2)]
+        )
+    ours = [row for row in speed if row["variant"].startswith("cells")]
     for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in ours):
         ratios = [float(row["ratio_to_published"]) for row in ours if (row["model"], row["variant"]) == (model, variant)]
         lines.append([f"candidates/s against the published way, {model}, {variant}", spread(ratios, 0, 0)])

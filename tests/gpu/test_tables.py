@@ -71,7 +71,7 @@ def test_results_of_several_calls(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second.tgz"
     write(first / "serving_cost.jsonl", serving("M", 500.0) + serving("N"))
     rates = [
-        {"model": "M", "mode": "full", "kind": "speed", "variant": "engine, 16 in flight", "round": number}
+        {"model": "M", "mode": "full", "kind": "speed", "variant": "cells, 16 in flight", "round": number}
         | {"candidates_per_s": 3000.0 + number, "ratio_to_published": 320.0, "ratio_to_fastest": 100.0}
         for number in range(3)
     ]
@@ -95,14 +95,15 @@ def test_results_of_several_calls(tmp_path):
     with tarfile.open(second, "w:gz") as packed:
         for name, rows in (("kernel_speed", kernel), ("routes_exact", checks), ("floors", floors), ("serving_cost", serving("M"))):
             packed.add(write(tmp_path / f"{name}.jsonl", rows), f"results/{name}.jsonl")
-    done = rewrite(root, first, tmp_path / "search", second)
+    earlier = [{**row, "us_median": 99.0} for row in kernel]
+    done = rewrite(root, first, tmp_path / "search", write(tmp_path / "earlier/kernel_speed.jsonl", earlier).parent, second)
     assert done.returncode == 0, done.stderr
     (text,) = shown("gpu-serving", root)
     assert "| M, 2 layers | decode, 32 requests | 1,000 | 1.000 (0.990-1.010) | not measured | 0.900 (0.900-0.900) |" in text
     assert "| N, 2 layers | prefill | 1,000 |" in text
     assert "Test GPU, driver 1, torch 2, Triton 3, vLLM 0.32.0, transformers 5, 2026-01-01, commit abc." in text
     (text,) = shown("gpu-search", root)
-    assert "| M | engine, 16 in flight | 3001.0 (3000.0-3002.0) | 320.0 (320.0-320.0) |" in text
+    assert "| M | cells, 16 in flight | 3001.0 (3000.0-3002.0) | 320.0 (320.0-320.0) |" in text
     assert "| M | whole F-SOUR attempt, 28 prompt tokens | 4.5 | 3000 | 300.0 | 66.7 |" in text
     assert "| OLMoE 64/8 | 32 | 4.0 | 4.0 (1.00) | 4.2 (1.05) | 3.0 (0.75) |" in shown("gpu-kernel", root)[0]
     assert "| OLMoE 64/8 | 32 | 2.0 | 4.0 | 4.2 | 3.0 | 4.0 (vllm topk_softmax) |" in shown("speed-table", root)[0]
@@ -111,9 +112,10 @@ def test_results_of_several_calls(tmp_path):
     assert set(shown("search-speed", root)) == {NOT_MEASURED}
     (text,) = shown("gpu", root)
     assert "| checks passed | 1 of 1 |" in text
-    assert "| tokens/s against stock vLLM, a plan on every request | 0.900 (0.90-0.90) |" in text
-    assert "| tokens/s against stock vLLM, stock in forced eager mode | not measured |" in text
-    assert "| candidates/s against the published way, M, engine, 16 in flight | 320 (320-320) |" in text
+    assert "| tokens/s in decoding against stock vLLM, a plan on every request | 0.900 (0.90-0.90) |" in text
+    assert "| tokens/s in decoding against stock vLLM, stock in forced eager mode | not measured |" in text
+    assert "| candidates/s against the published way, M, cells, 16 in flight | 320 (320-320) |" in text
+    assert len(read_csv(root / "benchmarks/results/kernel_speed_test_gpu.csv")) == len(kernel)
     assert len(read_csv(root / "benchmarks/results/serving_cost_test_gpu.csv")) == len(serving("M") + serving("N"))
     before = {path: path.read_text() for path in tables.documents(root)}
     assert rewrite(root).returncode == 0
