@@ -31,7 +31,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ import common
 from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
 from shapes import NAMES, config_of, make_model
 
-TARGET, DRAWS, BATCH = 16, 10, 64
+TARGET, DRAWS, BATCH, MEMORY_BATCH = 16, 10, 64, 250
 S1, S2, ANSWER = 20, 100, 64
 WAYS = ("engine", "cells")
 ONE_BY_ONE, BATCHES = "transformers, one by one", f"transformers, batches of {BATCH}"
@@ -395,31 +395,41 @@ def peak_rss(reset: bool = False) -> float:
 
 
 def serve_memory(options: dict[str, Any]) -> Talk:
-    """Child: peak memory of `RouteScorer.score` over a stream of ever more candidates, on the lab model."""
+    """Child: peak memory over a stream of ever more candidates as cells of the lab model; every call has another base plan."""
     from vllm_unsafe_routes import RoutePlan, lab
+    from vllm_unsafe_routes.cells import Cells
     from vllm_unsafe_routes.engine.launch import launch
-    from vllm_unsafe_routes.search.scorer import RouteScorer
+    from vllm_unsafe_routes.search.scorer import make_backend
     from vllm_unsafe_routes.study.model import Model
     from vllm_unsafe_routes.study.prompts import read_prompts
 
     model = Model("lab")
     prompt, shape, rng = model.item(read_prompts("lab:search", 1)[0]).prompt, model.shape, random.Random(0)
 
-    def plans(count: int) -> Iterator[RoutePlan]:
-        for _ in range(count):
-            experts = rng.sample(range(shape.num_experts), shape.top_k)
-            yield RoutePlan().force(rng.choice(shape.moe_layers), [rng.randrange(len(prompt.token_ids))], experts)
+    def place() -> tuple[int, int, list[int]]:
+        position = rng.randrange(len(prompt.token_ids))
+        return rng.choice(shape.moe_layers), position, rng.sample(range(shape.num_experts), shape.top_k)
 
-    scorer = RouteScorer(launch(str(lab.model_path()), dtype="float32"))
-    # Long enough to fill what is bounded: remembered plans, KV blocks, allocator pools.
-    scorer.score(prompt.token_ids, prompt.target, plans(options["warm_up"]))
+    def stream(count: int) -> int:
+        scored = 0
+        while scored < count:
+            layer, position, experts = place()
+            base = RoutePlan().force(layer, [position], experts).to_string()
+            moves = [
+                [(layer, at, at + 1, experts)] for layer, at, experts in (place() for _ in range(min(MEMORY_BATCH, count - scored)))
+            ]
+            (found,) = backend.score_cells([Cells.of(prompt.token_ids, prompt.target, base, moves)])
+            scored += len(found.values)
+        return scored
+
+    backend = make_backend(launch(str(lab.model_path()), dtype="float32"))
+    # Long enough to fill what is bounded: bases, remembered plans, allocator pools.
+    stream(options["warm_up"])
     command = yield "ready"
     while True:
         peak_rss(reset=True)
         watch = Watch()
-        values = scorer.score(prompt.token_ids, prompt.target, plans(command["count"]))
-        assert len(values) == command["count"]
-        command = yield {**watch.read(), "candidates": len(values), "peak": peak_rss()}
+        command = yield {"candidates": stream(command["count"]), **watch.read(), "peak": peak_rss()}
 
 
 # The parent.
@@ -656,7 +666,7 @@ def memory(run: Run, results: Results, long: bool) -> None:
         peak = round(found["peak"], 1)
         rate = round(found["candidates"] / found["cpu_seconds"], 2)
         times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
-        about = {"kind": "memory", "threads": 1, "variant": "engine, lab model", "candidates": count}
+        about = {"kind": "memory", "threads": 1, "variant": "cells, lab model", "candidates": count}
         results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak)
         results.step("memory", candidates=count, peak_mib=peak, candidates_per_s=rate)
     child.close()
