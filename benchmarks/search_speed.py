@@ -418,7 +418,7 @@ def serve_memory(options: dict[str, Any]) -> Talk:
             moves = [
                 [(layer, at, at + 1, experts)] for layer, at, experts in (place() for _ in range(min(MEMORY_BATCH, count - scored)))
             ]
-            (found,) = backend.score_cells([Cells.of(prompt.token_ids, prompt.target, base, moves)])
+            (found,) = backend.score_cells([Cells.of(prompt.token_ids, prompt.target, base, moves)])  # type: ignore[misc]
             scored += len(found.values)
         return scored
 
