@@ -34,7 +34,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
@@ -271,7 +271,15 @@ class Search:
         return Prompt(name, tuple(token_ids(seed, length, self.vocab)), tuple(token_ids(seed + 1, TARGET, self.vocab)))
 
     def attempts(
-        self, in_flight: int, cells: int | None, length: int, seed: int, min_gain: float, answer: int = 1, way: str = "cells"
+        self,
+        in_flight: int,
+        cells: int | None,
+        length: int,
+        seed: int,
+        min_gain: float,
+        answer: int = 1,
+        way: str = "cells",
+        strategy: str = "code",
     ) -> Row:
         """F-SOUR on some prompts; all their cells, or `cells` of all prompts together."""
         self.backend.has_cells = way == "cells"
@@ -279,7 +287,7 @@ class Search:
         from vllm_unsafe_routes.search.backend import Stats, run_tasks
         from vllm_unsafe_routes.search.fsour import FsourSettings, fsour_attempt
 
-        settings = FsourSettings(strategy="code", num_draws=DRAWS, tau=1.0, min_gain=min_gain, max_new_tokens=answer)
+        settings = FsourSettings(strategy=strategy, num_draws=DRAWS, tau=1.0, min_gain=min_gain, max_new_tokens=answer)
         prompts = [self.prompt(f"{seed}-{at}", length, seed + 2 * at) for at in range(in_flight)]
         total = length * (len(self.backend.shape.moe_layers) - 1) + 1  # the last layer counts at the last position only
         indices = evenly(cells, total) if cells is not None else []
@@ -292,7 +300,7 @@ class Search:
         assert self.backend.has_cells == (way == "cells"), "the engine cannot score cells; its log says why"
         scored = sum(attempt.candidates for attempt in found)
         expected = DRAWS * (total * in_flight if cells is None else cells) + in_flight
-        assert scored == expected, f"{scored} candidates scored, expected {expected}"
+        assert strategy != "code" or scored == expected, f"{scored} candidates scored, expected {expected}"
         return {
             **times,
             "candidates": scored,
@@ -301,8 +309,9 @@ class Search:
             "note": f"{sum(len(attempt.routes) for attempt in found)} routes kept",
         }
 
-    def rosais(self, length: int, seed: int, s1: int, s2: int) -> Row:
+    def rosais(self, length: int, seed: int, s1: int, s2: int, way: str = "cells") -> Row:
         """RoSais of every layer, then `s2` masks of the best one."""
+        self.backend.has_cells = way == "cells"
         from vllm_unsafe_routes.search.backend import run_search
         from vllm_unsafe_routes.search.masking import MaskSettings, mask_attack
         from vllm_unsafe_routes.search.rosais import RosaisSettings, rosais
@@ -435,12 +444,19 @@ def serve_memory(options: dict[str, Any]) -> Talk:
 # The parent.
 
 
-def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) -> Child:
+class Setting(NamedTuple):
+    """What both sides have alike: OpenMP threads on CPU, and the dtype of weights."""
+
+    threads: int
+    dtype: str
+
+
+def start(kind: str, key: str, folder: Path, run: Run, setting: Setting, log: Path) -> Child:
     """The process of one side."""
     options: dict[str, Any] = {
         "name": key,
         "folder": str(folder),
-        "dtype": dtype_of(run),
+        "dtype": setting.dtype,
         "device": "cuda" if run.on_gpu else "cpu",
     }
     more: dict[str, Any] = {} if run.size == "cpu" else {"load_format": "dummy"}
@@ -455,12 +471,7 @@ def start(kind: str, key: str, folder: Path, run: Run, threads: int, log: Path) 
     more |= common.latent_settings(run) if key == "deepseek_v2_lite" else {}
     options["settings"] = common.engine_settings(run, kv_bytes, **more)
     env = common.engine_environment(run, v2=False)
-    return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(threads)})
-
-
-def dtype_of(run: Run) -> str:
-    """Of the weights; bfloat16 has no exact comparison, which a rehearsal is for."""
-    return "float32" if run.rehearse else "bfloat16"
+    return Child(__file__, kind, options, log, env if run.on_gpu else {**env, "OMP_NUM_THREADS": str(setting.threads)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,7 +481,7 @@ class Sides:
     Attributes:
         key: the model.
         run: the benchmark's.
-        threads: OpenMP threads of each.
+        setting: of both.
         engine: this project's.
         baseline: transformers.
         fastest: baseline -> its expert implementation.
@@ -479,7 +490,7 @@ class Sides:
 
     key: str
     run: Run
-    threads: int
+    setting: Setting
     engine: Child
     baseline: Child
     fastest: dict[str, str]
@@ -497,7 +508,7 @@ class Sides:
 
     def rate(self, found: Row) -> float:
         """Candidates a second: of CPU time with one thread, which other work hardly changes, else of the wall clock."""
-        of_cpu = self.run.device == "cpu" and self.threads == 1
+        of_cpu = self.run.device == "cpu" and self.setting.threads == 1
         return float(found["candidates"] / found["cpu_seconds" if of_cpu else "seconds"])
 
     def passes(self, count: int, seed: int, experts: str, batch: int = 1, target: int = TARGET) -> Row:
@@ -537,7 +548,7 @@ class Sides:
 def row_of(sides: Sides, kind: str, variant: str, found: Row, **more: Any) -> Row:
     """One line of the results."""
     on_gpu = sides.run.device == "cuda"
-    about: Row = {"model": NAMES[sides.key], "mode": sides.run.shown_mode} if on_gpu else {"threads": sides.threads}
+    about: Row = {"model": NAMES[sides.key], "mode": sides.run.shown_mode} if on_gpu else sides.setting._asdict()
     rate = sides.rate(found)
     return {
         **about,
@@ -587,11 +598,17 @@ def whole(sides: Sides, results: Results, medians: dict[str, float]) -> None:
 
     length = 6 if run.rehearse else amounts.prompt
     sizes = {"in_flight": 1, "cells": None, "length": length, "min_gain": amounts.min_gain, "answer": amounts.answer}
-    found = sides.engine.ask(run.left, do="attempts", seed=77, **sizes)
-    keep("whole run", "cells, 1 in flight" if run.device == "cpu" else f"{length} prompt tokens", found, medians)
-    if run.device == "cpu":
-        return
     s1, s2 = (2, 4) if run.rehearse else (S1, S2)
+    if run.device == "cpu":
+        for way in WAYS:
+            for strategy in ("adaptive", "paper", "code"):
+                found = sides.engine.ask(run.left, do="attempts", seed=77, way=way, strategy=strategy, **sizes)
+                keep("whole run", f"F-SOUR, {strategy}; {way}", found, medians)
+            found = sides.engine.ask(run.left, do="rosais", length=length, seed=50, s1=s1, s2=s2, way=way)
+            keep("whole run", f"RoSais, S1 = {s1}, then S2 = {s2} masks of a layer; {way}", found, medians)
+        return
+    found = sides.engine.ask(run.left, do="attempts", seed=77, **sizes)
+    keep("whole run", f"{length} prompt tokens", found, medians)
     # One scored token a pass here: the baseline is timed on such passes of its own.
     short = {name: sides.rate(sides.passes(amounts.passes, 9, sides.fastest[name], target=1)) for name in (PUBLISHED, FASTEST)}
     sides.engine.ask(run.left, do="rosais", length=amounts.prompt, seed=40, s1=2, s2=2)
@@ -600,19 +617,25 @@ def whole(sides: Sides, results: Results, medians: dict[str, float]) -> None:
     keep("rosais", variant, found, short, rosais_seconds=round(found["rosais_seconds"], 4))
 
 
-def measure_model(key: str, run: Run, threads: int, results: Results, agreed: bool) -> None:
+def make_folder(key: str, run: Run, setting: Setting) -> Path:
+    """The model; a GPU's has no weights."""
+    dtype = setting.dtype if run.size == "cpu" else None
+    return make_model(run.scratch / f"search-{key}-{setting.dtype}", config_of(key, run.size), dtype)
+
+
+def measure_model(key: str, run: Run, setting: Setting, results: Results, agreed: bool) -> None:
     """Check, then time everything of one model.
 
     Raises:
         ChildFailed: the sides disagree, or one ended or was too slow; what was measured stays.
 
     """
-    folder = make_model(run.scratch / f"search-{key}", config_of(key, run.size), dtype_of(run) if run.size == "cpu" else None)
+    folder = make_folder(key, run, setting)
     children: list[Child] = []
     try:
-        children += [start(kind, key, folder, run, threads, results.log) for kind in ("transformers", "engine")]
+        children += [start(kind, key, folder, run, setting, results.log) for kind in ("transformers", "engine")]
         baseline, engine = children
-        sides = Sides(key, run, threads, engine, baseline, {})
+        sides = Sides(key, run, setting, engine, baseline, {})
         if not agreed:  # while the others start
             env = common.engine_environment(run, v2=False) | common.EXACT_FLOAT32
             children.append(Child(__file__, "agreement", agreement_options(key, run), results.log, env))
@@ -646,11 +669,11 @@ def check_scores(sides: Sides, results: Results) -> None:
     scores = [sides.engine.ask(run.left, do=do, **asked) for do in ("score", "cells")]
     scores += [sides.baseline.ask(run.left, do="score", batch=batch, **asked) for batch in (1, BATCH)]
     try:
-        worst = furthest(scores, TOLERANCE[dtype_of(run)])
+        worst = furthest(scores, TOLERANCE[sides.setting.dtype])
     except AssertionError as error:
         raise SystemExit(str(error)) from None
-    note = f"largest difference of scores {worst:.2e} nats ({dtype_of(run)})"
-    results.row(kind="check", threads=sides.threads, variant="all", candidates=BATCH, note=note)
+    note = f"largest difference of scores {worst:.2e} nats ({sides.setting.dtype})"
+    results.row(**sides.setting._asdict(), kind="check", variant="all", candidates=BATCH, note=note)
     results.step("scores agree", note=note)
 
 
@@ -674,8 +697,8 @@ def memory(run: Run, results: Results, long: bool) -> None:
 
 def profile(run: Run, log: Path) -> None:
     """Print where the engine's time goes, 16 prompts in flight."""
-    folder = make_model(run.scratch / "search-olmoe", config_of("olmoe", run.size), dtype_of(run) if run.size == "cpu" else None)
-    engine, amounts = start("engine", "olmoe", folder, run, 1, log), AMOUNTS["cpu"]
+    setting = Setting(1, "bfloat16")
+    engine, amounts = start("engine", "olmoe", make_folder("olmoe", run, setting), run, setting, log), AMOUNTS["cpu"]
     engine.read(run.left)
     sizes = {"length": amounts.prompt, "min_gain": amounts.min_gain}
     engine.ask(run.left, do="attempts", in_flight=2, cells=4, seed=7, **sizes)
@@ -693,16 +716,16 @@ def cpu_table(rows: Rows) -> str:
     """Medians over rounds."""
     timed = [row for row in rows if row["kind"] == "speed"]
     lines = []
-    for threads in sorted(common.distinct(timed, "threads"), key=int):
+    for threads, dtype in dict.fromkeys((row["threads"], row["dtype"]) for row in timed):
         for variant in common.distinct(timed, "variant"):
-            mine = [row for row in timed if (row["threads"], row["variant"]) == (threads, variant)]
+            mine = [row for row in timed if (row["threads"], row["dtype"], row["variant"]) == (threads, dtype, variant)]
             names = ("candidates_per_s", "ratio_to_one_by_one", "ratio_to_batches")
             middle = [common.spread([float(row[name]) for row in mine], 1, 1) for name in names]
             share = sum(int(row["computed_tokens"]) for row in mine) / sum(int(row["tokens"]) for row in mine)
-            lines.append([variant, threads, *middle, f"{100 * share:.0f}%"])
+            lines.append([variant, dtype, threads, *middle, f"{100 * share:.0f}%"])
     if not timed:
         return NOT_MEASURED
-    header = ["what scores the candidates", "threads", "candidates/s", "against one by one", "against batches of 64"]
+    header = ["what scores the candidates", "weights", "threads", "candidates/s", "against one by one", "against batches of 64"]
     first, amounts = timed[0], AMOUNTS["cpu"]
     note = (
         f"A second is one of CPU time with one thread, of the wall clock with more. Median and range of "
@@ -710,14 +733,22 @@ def cpu_table(rows: Rows) -> str:
         f"runs ({amounts.prompt} prompt and {TARGET} target tokens, {DRAWS} draws a cell); {first['device']}, vLLM "
         f"{first['vllm']}, torch {first['torch']}, transformers {first['transformers']}, {first['date']}, commit {first['commit']}."
     )
-    for row in rows:
-        if row["kind"] == "whole run":
-            note += f" A whole run of one prompt (threads: {row['threads']}): {row['candidates_per_s']} candidates/s."
     flat = [
         f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} MiB" for row in rows if row["kind"] == "memory"
     ]
     note += f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else ""
-    return f"{common.markdown([*header, 'tokens computed'], lines)}\n\n{note}"
+    return f"{common.markdown([*header, 'tokens computed'], lines)}\n\n{whole_runs(rows)}\n\n{note}"
+
+
+def whole_runs(rows: Rows) -> str:
+    """CPU seconds of whole searches, as requests and as cells."""
+    mine = [row for row in rows if row["kind"] == "whole run" and (row["threads"], row["dtype"]) == ("1", "bfloat16")]
+    took = {row["variant"]: float(row["cpu_seconds"]) for row in mine}
+    lines = [
+        [name, row["candidates"], *(f"{took[f'{name}; {way}']:.1f}" for way in WAYS)]
+        for name, row in {row["variant"].split("; ")[0]: row for row in mine}.items()
+    ]
+    return common.markdown(["a whole run of one prompt", "candidates", "as requests, CPU s", "as cells, CPU s"], lines)
 
 
 def gpu_table(rows: Rows) -> str:
@@ -741,6 +772,7 @@ def gpu_table(rows: Rows) -> str:
 def main() -> int:
     options = common.parser(__doc__, rounds=3)
     options.add_argument("--threads", default="1", help="numbers of OpenMP threads on CPU, the same for all variants (default: 1)")
+    options.add_argument("--dtypes", default="bfloat16", help="of the weights on CPU: bfloat16, float32 (default: bfloat16)")
     options.add_argument("--agreed", action="store_true", help="the sides were seen to agree: start with the timing")
     options.add_argument("--memory", action="store_true", help="measure peak memory instead")
     options.add_argument("--long", action="store_true", help="with --memory: also one million candidates")
@@ -754,10 +786,14 @@ def main() -> int:
     if args.memory:
         memory(run, results, args.long)
         return 0
+    # A rehearsal has an exact comparison to make, which bfloat16 has not.
+    settings = [Setting(1, "float32" if run.rehearse else "bfloat16")]
+    if run.device == "cpu" and not run.rehearse:
+        settings = [Setting(int(threads), dtype) for dtype in args.dtypes.split(",") for threads in args.threads.split(",")]
     for key in run.models:
-        for threads in map(int, args.threads.split(",")) if run.device == "cpu" else (1,):
+        for setting in settings:
             try:
-                measure_model(key, run, threads, results, args.agreed)
+                measure_model(key, run, setting, results, args.agreed)
             except ChildFailed as error:
                 results.step("model failed", model=key, error=str(error))
                 failed.append(key)
