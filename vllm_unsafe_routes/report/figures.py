@@ -194,12 +194,13 @@ def _rosais_bars(report: Mapping[str, Any]) -> Iterable[Figure]:
         _label_layers(axis, layers)
     axes[-1].set_xlabel("decoder layer")
     sets.write(drawing)
+    drawn = any(one["dataset"] is not None for entry in entries for one in entry["layers"])
+    diamonds = " The dataset-level score (diamond) is the best gain of one mask averaged over all prompts." if drawn else ""
     yield Figure(
         "rosais_by_layer",
         "rosais",
         "Bars: mean RoSais of each layer with its interval.",
-        "Mean RoSais of each layer; whiskers: 95% interval over prompts and seeds. The dataset-level score (diamond) is the best "
-        "gain of one mask averaged over all prompts." + sets.note,
+        f"Mean RoSais of each layer; whiskers: 95% interval over prompts and seeds.{diamonds}{sets.note}",
         _png(drawing),
     )
 
