@@ -1,8 +1,9 @@
 """What route control costs in serving: throughput with this plugin against stock vLLM, turn by turn.
 
 Variants: stock (the plugin is not loaded), idle (overrides enabled, none used), policy (some experts banned at every layer), plans
-(a plan on every request: a mask on all tokens of two layers and up to ten forced routes) and, on a GPU, fused (idle, with the route
-kernel in the place of vLLM's gating), again (a second stock engine: what two engines of one kind differ by) and eager (no plugin,
+(a plan on every request: a mask on all tokens of two layers and up to ten forced routes); on the CPU also usage (expert usage is
+counted, by a label too) and all (policy, plans and usage at once); on a GPU also fused (idle, with the route kernel in the place of
+vLLM's gating), again (a second stock engine: what two engines of one kind differ by) and eager (no plugin,
 but eager mode forced, as plugins that hook modules must). Each engine is a process of its own; all of a group stay up and take
 turns on the same requests, in an order that rotates from round to round. The figure is the ratio of a variant's throughput to
 stock's in the same round. "idle" and "plans" are requests to one engine.
@@ -51,6 +52,10 @@ VARIANTS = {
     "again": "stock in a second engine",
     "eager": "stock in forced eager mode",
 }
+CPU_VARIANTS = {name: VARIANTS[name] for name in ("idle", "policy", "plans")} | {
+    "usage": "expert usage counted, every request with a label",
+    "all": "a policy, a plan and a label on every request",
+}
 # variant -> the engine that serves it
 ENGINES = {
     "stock": "stock",
@@ -60,6 +65,8 @@ ENGINES = {
     "fused": "fused",
     "again": "again",
     "eager": "eager",
+    "usage": "usage",
+    "all": "all",
 }
 AGAINST = ", other tree"
 # Beside weights and KV: CUDA context, activations, graphs.
@@ -80,12 +87,20 @@ def serve(options: dict[str, Any]) -> Talk:
     shape = ModelShape.from_hf_config(config)
     spare = shape.num_experts - shape.top_k
     settings: dict[str, Any] = options["settings"]
-    if name == "policy":
-        layers = {str(layer): {"disabled": list(range(1, 1 + min(4, spare - 2)))} for layer in shape.moe_layers}
-        settings["additional_config"] = {"unsafe_routes": {"policy": {"version": "route-policy/1", "layers": layers}}}
-    elif name in ("routes", "fused"):
-        gating = {"gating": "fused"} if name == "fused" else {}
-        settings["additional_config"] = {"unsafe_routes": {"allow_overrides": True, **gating}}
+    has_policy, has_usage = name in ("policy", "all"), name in ("usage", "all")
+    banned = list(range(1, 1 + min(4, spare - 2))) if has_policy else []
+    routes: dict[str, Any] = {"allow_overrides": True} if name in ("routes", "fused", "all") else {}
+    if has_policy:
+        layers = {str(layer): {"disabled": banned} for layer in shape.moe_layers}
+        routes["policy"] = {"version": "route-policy/1", "layers": layers}
+    if has_usage:
+        routes["usage"] = ["bench"]
+    if name == "fused":
+        routes["gating"] = "fused"
+    if routes:
+        settings["additional_config"] = {"unsafe_routes": routes}
+    permitted = [expert for expert in range(shape.num_experts) if expert not in banned]
+    label = {"usage_label": "bench"} if has_usage else {}
     llm = LLM(options["folder"], **settings)
     if settings.get("load_format") == "dummy":
         enliven(llm, shape.num_experts)
@@ -93,18 +108,18 @@ def serve(options: dict[str, Any]) -> Talk:
     def plan(rng: random.Random, length: int) -> RoutePlan:
         made = RoutePlan()
         for layer in shape.moe_layers[:-1][:2]:
-            made.disable(layer, "all", rng.sample(range(shape.num_experts), min(4, spare)))
+            made.disable(layer, "all", rng.sample(permitted, min(4, spare - len(banned))))
         for position in range(min(10, length)):
-            made.force(shape.moe_layers[-1], [position], rng.sample(range(shape.num_experts), shape.top_k))
+            made.force(shape.moe_layers[-1], [position], rng.sample(permitted, shape.top_k))
         return made
 
     command = yield "ready"
     while True:
-        (count, length, max_tokens), planned = command["load"], command["variant"] == "plans"
+        (count, length, max_tokens), planned = command["load"], command["variant"] in ("plans", "all")
         rng = random.Random(command["seed"])
         last = config["vocab_size"] - 8
         prompts = [TokensPrompt(prompt_token_ids=[rng.randrange(3, last) for _ in range(length)]) for _ in range(count)]
-        extras = [plan(rng, length).extra_args() if planned else None for _ in prompts]
+        extras = [(plan(rng, length).extra_args() if planned else {}) | label for _ in prompts]
         asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
         params = [SamplingParams(**asked, extra_args=extra) for extra in extras]
         start = time.perf_counter()
@@ -115,7 +130,7 @@ def serve(options: dict[str, Any]) -> Talk:
         for output in outputs:
             receipt = (output.kv_transfer_params or {}).get("unsafe_routes", {})
             assert (receipt.get("plan") is not None) == planned, "a plan was not set, or one was"
-            assert (receipt.get("policy") is not None) == (name == "policy"), "a policy was not in force, or one was"
+            assert (receipt.get("policy") is not None) == has_policy, "a policy was not in force, or one was"
         command = yield {"seconds": seconds, "tokens": count * (length + max_tokens), "generated": generated}
 
 
@@ -270,8 +285,7 @@ def cpu_table(rows: Rows) -> str:
     """Median ratios with the range over rounds."""
     loads = LOADS["cpu"]
     lines = [
-        [VARIANTS[variant], *(common.spread(ratios_of(rows, load, variant), 3, 2) for load in loads)]
-        for variant in ("idle", "policy", "plans")
+        [what, *(common.spread(ratios_of(rows, load, variant), 3, 2) for load in loads)] for variant, what in CPU_VARIANTS.items()
     ]
     table = common.markdown(["against stock vLLM, same batch", *loads], lines)
     if not rows:
@@ -319,7 +333,9 @@ def trees_table(rows: Rows) -> str:
 def main() -> int:
     options = common.parser(__doc__, rounds=9)
     options.add_argument(
-        "--engines", metavar="NAME,…", help="beside stock: routes (idle, plans), policy, fused, again, eager; default: all"
+        "--engines",
+        metavar="NAME,…",
+        help="beside stock: routes (idle, plans), policy, usage, all, fused, again, eager; default: all",
     )
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
@@ -331,7 +347,7 @@ def main() -> int:
     if unknown := set(engines) - set(every):
         options.error(f"no engine {', '.join(sorted(unknown))}; known are {', '.join(every)}")
     engines = [name for name in engines if name != "eager" or (run.on_gpu and run.mode != "eager")]
-    engines = [name for name in engines if name not in ("fused", "again") or run.device == "cuda"]
+    engines = [name for name in engines if name not in (("usage", "all") if run.device == "cuda" else ("fused", "again"))]
     engines += [f"{name}{AGAINST}" for name in ("routes", "policy") if against]
     for key in run.models:
         subject = subject_of(key, run)
