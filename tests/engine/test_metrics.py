@@ -120,6 +120,8 @@ def test_usage_becomes_increments(exporter):
 class Client:
     """An engine client that answers utility calls from a list."""
 
+    core_engines = ("first",)
+
     def __init__(self, *answers):
         self.answers, self.calls = list(answers), []
         self.engine_core = self
@@ -129,8 +131,12 @@ class Client:
     async def refresh(self):
         self.calls.append("refresh")
 
-    async def call_utility_async(self, method, *arguments):
+    async def call_utility_all_async(self, method, *arguments):
         self.calls.append(method)
+        return [self.answers.pop(0) for _ in self.core_engines]
+
+    async def _call_utility_async(self, method, *arguments, engine):
+        self.calls.append((method, engine, arguments[-1]))
         return self.answers.pop(0)
 
 
@@ -207,6 +213,32 @@ def test_usage_is_refused_like_the_policy(site, method):
     answer = site(client).request(method, USAGE_PATH)
     assert (answer.status_code, answer.json()["error"]["message"]) == (409, "not counted")
     assert client.calls == ["unsafe_routes_usage"]
+
+
+def test_several_cores_are_asked_for_a_claim_and_answer_as_one(site):
+    parts = [{"policy": "new", "mode": "enforce", "previous": "old", "num_restarted": n, "aborted": ["r"] * n} for n in (1, 2)]
+    client = Client({}, *parts, {"error": "another", "kind": "conflict"})
+    client.core_engines = ("first", "second")
+    visitor = site(client)
+    answer = visitor.put(PATH, json=POLICY).json()
+    assert (answer["requests_restarted"], answer["requests_aborted"]) == (3, 3)
+    assert visitor.put(PATH, json=POLICY).status_code == 409
+    claim = ("unsafe_routes_replace_policy", "first", "claim")
+    assert client.calls == [claim, "unsafe_routes_replace_policy", "refresh", claim]
+
+
+def test_the_states_of_several_cores_are_one():
+    import asyncio
+
+    from vllm_unsafe_routes.engine.data_parallel import status_of_all
+
+    active = ActivePolicy(RoutePolicy.from_json(POLICY))
+    more = {"planned_requests": 1}
+    client = Client(status(active, 1, tokens=10, displaced=(3, 1), **more), status(active, 2, counts=None, refused=4, **more))
+    client.core_engines = ("first", "second")
+    merged = asyncio.run(status_of_all(client))
+    assert (merged["generation"], merged["refused"], merged["rows"], merged["planned_requests"]) == (2, 4, 128, 2)
+    assert merged["counts"]["displaced"] == {"enforce": [3, 1], "observe": [0, 0]}
 
 
 def test_a_body_without_end(site, monkeypatch):

@@ -18,28 +18,14 @@ import psutil
 import pytest
 from engines import random_prompt
 from servers import server
+from swaps import ADMIN, BANNED, NAME_OF, NUM_EXPERTS, NUM_LAYERS, PATH, POLICY, TOKEN, TOP_K, USAGE_PATH, eventually, put
 from tiny_models import VOCAB_SIZE
 
-from vllm_unsafe_routes import RoutePlan, RoutePolicy
+from vllm_unsafe_routes import RoutePlan
 from vllm_unsafe_routes.receipt import Receipt
 
 pytestmark = pytest.mark.v1_only  # server processes of their own
 
-TOKEN = "zorblax"
-ADMIN = {"Authorization": f"Bearer {TOKEN}"}
-PATH = "/unsafe-routes/policy"
-USAGE_PATH = "/unsafe-routes/usage"
-NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 16, 4
-# Each policy leaves what the other bans, so that a token routed under the wrong one can hardly hide.
-BANNED = {
-    "a": {0: [0, 1, 2, 3, 4, 5, 6, 7], 1: [8, 9, 10, 11, 12, 13, 14, 15], 2: [0, 2, 4, 6, 8, 10, 12, 14]},
-    "b": {0: [8, 9, 10, 11, 12, 13, 14, 15], 1: [0, 1, 2, 3, 4, 5, 6, 7], 2: [1, 3, 5, 7, 9, 11, 13, 15]},
-}
-POLICY = {
-    name: {"version": "route-policy/1", "layers": {str(layer): {"disabled": experts} for layer, experts in banned.items()}}
-    for name, banned in BANNED.items()
-}
-NAME_OF = {RoutePolicy.from_json(document).digest: name for name, document in POLICY.items()}
 # So few KV blocks that a dozen requests preempt one another.
 CROWDED = ("--num-gpu-blocks-override", "16", "--max-num-seqs", "12", "--max-num-batched-tokens", "64")
 
@@ -69,12 +55,6 @@ def under_a(guarded):
     return guarded
 
 
-def put(started, document, mode=None, headers=ADMIN):
-    body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    parameters = {"mode": mode} if mode else {}
-    return httpx.put(started.url + PATH, content=body, params=parameters, headers=headers, timeout=120)
-
-
 def active(started):
     answer = httpx.get(started.url + PATH, headers=ADMIN, timeout=60).json()
     return NAME_OF[answer["digest"]], answer["mode"]
@@ -95,13 +75,6 @@ def receipt_of_answer(answer):
 
 def num_banned(receipt, name):
     return sum(int(np.isin(receipt.route_ids[:, layer], banned).sum()) for layer, banned in BANNED[name].items())
-
-
-def eventually(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class TestEndpoint:

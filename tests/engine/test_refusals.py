@@ -229,6 +229,12 @@ def test_a_monolithic_kernel(bind, loaded, monkeypatch, name):
     assert str(caught.value).endswith(WHAT_HELPS)
 
 
+def test_a_kernel_that_gathers_before_routing(bind, loaded, monkeypatch):
+    monkeypatch.setattr(type(runners(loaded[0])[0]), "do_naive_dispatch_combine", True)
+    with pytest.raises(RouteError, match=r"MoE layer 0 .*: \w+ gathers the tokens of all data-parallel ranks before routing"):
+        bind()
+
+
 def test_the_advised_backends_are_modular_by_vllm_s_own_selection():
     from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16, mxfp4, nvfp4, unquantized
 
@@ -333,7 +339,20 @@ def vllm_config(section=None, **values):
 PARALLEL, SCHEDULER, DRAFTS, TRANSFER = "parallel_config", "scheduler_config", "speculative_config", "kv_transfer_config"
 # Row of the table in docs/integration.md -> a config that asks for it, whether a policy can be kept, what the refusal says.
 ASKED = {
-    "data parallel": (PARALLEL, {"data_parallel_size": 2}, False, "data_parallel_size=2: status, counts .* one server per replica"),
+    "data parallel": (PARALLEL, {"data_parallel_size": 2}, True, "data_parallel_size=2: a router may see tokens of other ranks"),
+    "data parallel with other balancing": (
+        PARALLEL,
+        {"data_parallel_size": 2, "data_parallel_hybrid_lb": True},
+        False,
+        "data_parallel_hybrid_lb=True: ",
+    ),
+    "elastic expert parallel": (PARALLEL, {"enable_elastic_ep": True}, False, "enable_elastic_ep=True: "),
+    "sequence-parallel experts": (
+        PARALLEL,
+        {"data_parallel_size": 2, "enable_expert_parallel": True},
+        False,
+        "use_sequence_parallel_moe=True: ",
+    ),
     "microbatching": (PARALLEL, {"ubatch_size": 2}, False, "use_ubatching=True: .* leave out --enable-dbo and --ubatch-size"),
     "prefill context parallel": (PARALLEL, {"prefill_context_parallel_size": 2}, False, "prefill_context_parallel_size=2: the"),
     "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, True, "decode_context_parallel_size=2: it leaves"),

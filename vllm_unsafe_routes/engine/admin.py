@@ -26,10 +26,11 @@ from starlette.requests import ClientDisconnect
 from ..errors import RouteError
 from ..policy import POLICY_MODES, RoutePolicy
 from .config import route_config
+from .data_parallel import replace_everywhere, status_of_all, usage_of_all
 from .log import logger_of
 from .plugin import OFF_SWITCH, is_registered, monitor_of
-from .swap import BAD_POLICY, REPLACE_METHOD, STATUS_METHOD, SwapError, checked
-from .usage import READ, RESET, USAGE_METHOD, usage_document
+from .swap import BAD_POLICY, SwapError
+from .usage import READ, RESET, usage_document
 
 logger = logger_of(__name__)
 
@@ -109,7 +110,7 @@ async def show_policy(request: Request) -> JSONResponse:
     if refusal is not None:
         return refusal
     admin = getattr(request.app.state, _STATE)
-    status = checked(await admin.client.engine_core.call_utility_async(STATUS_METHOD))
+    status = await status_of_all(admin.client.engine_core)
     return JSONResponse(
         {
             "digest": status["policy"],
@@ -158,8 +159,8 @@ async def show_usage(request: Request) -> JSONResponse:
     if refusal is not None:
         return refusal
     client = getattr(request.app.state, _STATE).client
-    said = await client.engine_core.call_utility_async(USAGE_METHOD, RESET if request.method == "DELETE" else READ)
     try:
+        said = await usage_of_all(client.engine_core, RESET if request.method == "DELETE" else READ)
         return JSONResponse(usage_document(said))
     except SwapError as error:
         return _error(HTTPStatus.CONFLICT, str(error))
@@ -167,7 +168,7 @@ async def show_usage(request: Request) -> JSONResponse:
 
 async def _swap(client: Any, policy: RoutePolicy, mode: str | None) -> Any:
     document = {"policy": policy.to_dict(), "mode": mode}
-    said = checked(await client.engine_core.call_utility_async(REPLACE_METHOD, document))
+    said = await replace_everywhere(client.engine_core, document)
     await monitor_of(client).refresh()
     return said
 

@@ -20,10 +20,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..errors import REASONS
 from ..policy import POLICY_MODES, ActivePolicy
+from .data_parallel import status_of_all, usage_of_all
 from .frontend import PlanGuard, plan_guard
 from .log import logger_of
-from .swap import STATUS_METHOD
-from .usage import POLL, USAGE_METHOD
+from .usage import POLL
 
 logger = logger_of(__name__)
 
@@ -200,7 +200,7 @@ class RouteMonitor:
         """Ask the engine core now; returns `swap.route_status`."""
         llm = self._llm()
         assert llm is not None
-        status: Mapping[str, Any] = await llm.engine_core.call_utility_async(STATUS_METHOD)
+        status: Mapping[str, Any] = await status_of_all(llm.engine_core)
         if status["generation"] != self._generation:
             self._generation = status["generation"]
             self._guard.use(ActivePolicy.from_dict(status["active"]))
@@ -216,4 +216,4 @@ class RouteMonitor:
         if config is None or config.usage is None or self._exporter is None or now < self._usage_due:
             return
         self._usage_due = now + USAGE_POLL_SECONDS
-        self._exporter.export_usage(await llm.engine_core.call_utility_async(USAGE_METHOD, POLL))
+        self._exporter.export_usage(await usage_of_all(llm.engine_core, POLL))

@@ -343,10 +343,10 @@ def monitor_of(llm: Any) -> Any:
     return llm.__dict__[MONITOR]
 
 
-def _replace_policy(self: Any, document: dict[str, Any]) -> Any:
+def _replace_policy(self: Any, document: dict[str, Any], claim: str | None = None) -> Any:
     from .swap import replace_policy
 
-    return replace_policy(self, _core_admission(self), document)
+    return replace_policy(self, _core_admission(self), document, claim)
 
 
 def _status(self: Any) -> dict[str, Any]:
@@ -404,6 +404,10 @@ def _load_model(own: Any) -> Any:
             controller = RouteController(self.vllm_config, config, self.model_runner.get_model(), self.device)
             setattr(self.model_runner, CONTROLLER, controller)
             _check_after_warm_up(self, controller)
+            if self.vllm_config.parallel_config.data_parallel_size > 1:
+                from .data_parallel import leave_dummies_out
+
+                leave_dummies_out(self, controller)
 
     return load_model
 

@@ -427,6 +427,9 @@ def check_layer(runner: Any, shape: ModelShape) -> Gating:
             f"the monolithic expert kernel of {method.__name__} routes inside itself and cannot be controlled; "
             f"choose a modular one with --moe-backend {' or '.join(modular_backends(method))}"
         )
+    if runner.do_naive_dispatch_combine:
+        method = type(runner.routed_experts.quant_method)
+        raise RouteError(f"{method.__name__} gathers the tokens of all data-parallel ranks before routing, which nobody has tried")
     router = runner.router
     if not isinstance(router, BaseRouter):
         raise RouteError(f"router {type(router).__name__} is not a BaseRouter")

@@ -64,6 +64,13 @@ def _other_connector(vllm_config: Any) -> str | None:
     return None if name is None or name in _KEYED_BY_BLOCK_HASH else f"kv_connector={name}"
 
 
+def _other_balancing(vllm_config: Any) -> str | None:
+    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
+        if getattr(vllm_config.parallel_config, name, False):
+            return f"{name}=True"
+    return None
+
+
 def _specialized_decode(vllm_config: Any) -> str | None:
     settings = vllm_config.additional_config
     name = settings.get("decode_backend") if isinstance(settings, Mapping) else None
@@ -82,11 +89,24 @@ FEATURES = (
     Feature("decode kernels of Kimi-K3 and DeepSeek-V4.1", _specialized_decode, _PICKS_INSIDE, _PICKS_INSIDE),
     Feature("monokernel", _is_set("kernel_config", "monokernel"), _PICKS_INSIDE, _PICKS_INSIDE),
     Feature(
-        "data parallel",
-        _is_set("parallel_config", "data_parallel_size", 1),
-        "status, counts and policy swaps reach one engine core of several; run one server per replica",
+        "data parallel with other balancing",
+        _other_balancing,
+        "policy swaps, status and counts would reach the engine cores of one server of several; let one server balance all",
         _NOT_APART,
     ),
+    Feature(
+        "elastic expert parallel",
+        _is_set("parallel_config", "enable_elastic_ep"),
+        "a rank that joins later would not know of a policy that was swapped in; leave out --enable-elastic-ep",
+        _NOT_APART,
+    ),
+    Feature(
+        "sequence-parallel experts",
+        _is_set("parallel_config", "use_sequence_parallel_moe"),
+        "each tensor-parallel rank routes a part of the tokens, which nobody has tried; use two of TP, DP and EP",
+        _NOT_APART,
+    ),
+    Feature("data parallel", _is_set("parallel_config", "data_parallel_size", 1), None, _NOT_APART),
     Feature(
         "microbatching",
         _is_set("parallel_config", "use_ubatching"),

@@ -12,7 +12,8 @@ engine core's own thread, between steps. The order of a swap, and why nothing mi
 6. The scheduler goes on. Requests compute their prompt and what they have generated again, under the new policy.
 
 A failure in 2 or 3 leaves the old policy in force. One in 4 or 5 would leave parts of the engine under different policies: the
-engine ends itself, still paused.
+engine ends itself, still paused. With several engine cores so does one in 2 or 3, because other cores may be further; the first
+core is asked for a claim before, so that all cores take the same policy (`data_parallel.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
@@ -40,6 +42,8 @@ WORKER_REPLACE_METHOD = "unsafe_routes_use_policy"
 WORKER_COUNTS_METHOD = "unsafe_routes_counts"
 # Kinds of failure that a caller may want to tell apart.
 BAD_POLICY, CONFLICT = "bad_policy", "conflict"
+# Two calls of a swap in several engine cores: only check and keep others out, in the first core; then go on, in all.
+CLAIM, CLAIMED = "claim", "claimed"
 _OFF = "route control is off in this engine; start it with a policy or with overrides enabled"
 
 
@@ -57,22 +61,23 @@ class SwapError(RouteError):
         self.kind = kind
 
 
-def replace_policy(core: Any, admission: Any, document: Mapping[str, Any]) -> Any:
+def replace_policy(core: Any, admission: Any, document: Mapping[str, Any], claim: str | None = None) -> Any:
     """Replace the policy of an engine core; in its thread, between steps.
 
     Args:
         core: vLLM's `EngineCore`.
         admission: its `RouteAdmission`, or None.
         document: `ActivePolicy.to_dict`; a null mode keeps the present one.
+        claim: `CLAIM`, `CLAIMED`, or None for an engine with one core.
 
     Returns:
-        A dict, or a future of one where steps are still on their way: `policy`, `mode`, `previous`, `num_restarted`,
+        A dict, empty for a claim, or a future of one where steps are on their way: `policy`, `mode`, `previous`, `num_restarted`,
         `aborted` (request ids); or `error` and `kind`.
 
     """
     if admission is None:
         return {"error": _OFF, "kind": CONFLICT}
-    if admission.is_swapping:
+    if admission.is_swapping and claim != CLAIMED:
         return {"error": "another policy is just being put in force; try again", "kind": CONFLICT}
     try:
         active = ActivePolicy.from_dict({**document, "mode": document["mode"] or admission.active.mode})
@@ -82,6 +87,8 @@ def replace_policy(core: Any, admission: Any, document: Mapping[str, Any]) -> An
     except RouteError as error:
         return {"error": str(error), "kind": BAD_POLICY}
     admission.is_swapping = True
+    if claim == CLAIM:
+        return {}
     finish = functools.partial(_finish, core, admission, active, compiler, core.scheduler.pause_state)
     try:
         paused = core.pause_scheduler("keep", False)
@@ -111,20 +118,34 @@ def _finish(core: Any, admission: Any, active: ActivePolicy, compiler: Any, befo
             num_running = len(core.scheduler.running)
             core.reset_prefix_cache(reset_running_requests=True)
         except Exception as error:
+            if _is_one_of_several(core):
+                _end(core, "The route policy may be replaced in other engine cores")
+                raise
             logger.warning("The route policy was not replaced, the old one is in force: %s", error)
             core.scheduler.set_pause_state(before)
             return {"error": f"requests could not be paused: {error}", "kind": CONFLICT}
         try:
             said = _commit(core, admission, active, compiler)
         except Exception:
-            logger.exception("The route policy was replaced in parts of the engine only: the engine ends")
-            if hasattr(core, "input_queue"):
-                core.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
+            _end(core, "The route policy was replaced in parts of the engine only")
             raise
-        core.scheduler.set_pause_state(before)
+        if _is_one_of_several(core) and before is PauseState.UNPAUSED:
+            core.resume_scheduler()  # waits for the other cores
+        else:
+            core.scheduler.set_pause_state(before)
         return {**said, "num_restarted": num_running - len(said["aborted"])}
     finally:
         admission.is_swapping = False
+
+
+def _is_one_of_several(core: Any) -> bool:
+    return bool(core.vllm_config.parallel_config.data_parallel_size > 1)
+
+
+def _end(core: Any, why: str) -> None:
+    logger.exception("%s: the engine ends", why)
+    if hasattr(core, "input_queue"):
+        core.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
 
 
 def _commit(core: Any, admission: Any, active: ActivePolicy, compiler: Any) -> dict[str, Any]:
@@ -223,6 +244,8 @@ def swap_policy(llm: Any, policy: RoutePolicy, mode: str | None = None) -> Mappi
 
     """
     engine = getattr(llm, "llm_engine", llm)
+    if engine.vllm_config.parallel_config.data_parallel_size > 1:
+        raise SwapError("offline, each data-parallel rank is an engine of its own, and all would have to swap at once", CONFLICT)
     if engine.has_unfinished_requests():
         raise SwapError(f"{engine.get_num_unfinished_requests()} requests are unfinished; finish or abort them first", CONFLICT)
     document = {"policy": policy.to_dict(), "mode": mode}

@@ -175,7 +175,12 @@ SYMBOLS = (
 
 # Methods that vLLM's classes gain: vLLM calls them by name, clients as utility calls and the engine core over `collective_rpc`.
 ADDED = (
-    Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_replace_policy", ("self", "document"), "put another policy in force"),
+    Symbol(
+        "vllm.v1.engine.core",
+        "EngineCore.unsafe_routes_replace_policy",
+        ("self", "document", "claim"),
+        "put another policy in force",
+    ),
     Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_status", ("self",), "the active policy, what was counted"),
     Symbol(
         "vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_use_policy", ("self", "document", "planned"), "write a policy's rows"
