@@ -1,4 +1,6 @@
-"""Scores of cells in one worker: bases are computed or moved, then their candidates in sweeps that fit the engine's limits.
+"""Scores of cells in one worker: bases are computed or moved, and their candidates, in sweeps that fit the engine's limits.
+
+A base that moves does so in the sweep of its first candidates, where these find all that they need of it.
 
 The core hands over KV blocks of vLLM's own pool (`cell_blocks.py`); nothing else is shared with requests that are being served.
 """
@@ -25,6 +27,10 @@ from .sweep_runner import SweepRunner
 _BASES_SHARE = 0.25
 _STREAM_BYTES = 1 << 30
 
+# What must be computed of a base: the first layer that changes (-1: all of it), the first position, and one past the last position
+# that changes at that layer.
+Changes = dict[Base, tuple[int, int, int]]
+
 
 class Candidates(NamedTuple):
     """Candidates of several bases that compute something, as arrays over candidates or moves.
@@ -33,9 +39,7 @@ class Candidates(NamedTuple):
         bases: the bases.
         base: int [num_candidates], index into `bases`.
         number: int [num_candidates], among all candidates of the call.
-        first: int [num_candidates], first position that changes.
-        layer: int [num_candidates], first layer that changes.
-        span_end: int [num_candidates], one past the last position that changes at that layer.
+        changes: int [num_candidates, 3], as `Changes`.
         move_start: int [num_candidates], where a candidate's moves begin.
         moves: int [num_moves, 4], as `Cells.moves`.
         experts: int32 [num_moves, top_k].
@@ -45,16 +49,17 @@ class Candidates(NamedTuple):
     bases: Sequence[Base]
     base: np.ndarray
     number: np.ndarray
-    first: np.ndarray
-    layer: np.ndarray
-    span_end: np.ndarray
+    changes: np.ndarray
     move_start: np.ndarray
     moves: np.ndarray
     experts: np.ndarray
 
     @classmethod
-    def of(cls, items: Sequence[tuple[int, Base, Cells]]) -> Candidates:
+    def of(cls, items: Sequence[tuple[int, Base, Cells]], top_k: int) -> Candidates:
         """From the cells of each base; the integer is the number of its first candidate."""
+        if not items:
+            none = np.zeros(0, np.int64)
+            return cls([], none, none, np.zeros((0, 3), np.int64), none, np.zeros((0, 4), np.int64), np.zeros((0, top_k), np.int32))
         moves = np.concatenate([cells.moves for _, _, cells in items]).astype(np.int64)
         counts = [len(cells.moves) for _, _, cells in items]
         of_item = np.repeat(np.arange(len(items)), counts)
@@ -63,18 +68,23 @@ class Candidates(NamedTuple):
         last_prompt = np.array([len(base.cells.prompt) - 1 for _, base, _ in items])
         layer = np.minimum.reduceat(moves[:, LAYER], start)
         ends = np.where(moves[:, LAYER] == np.repeat(layer, np.diff(start, append=len(moves))), moves[:, END], 0)
-        return cls(
-            [base for _, base, _ in items],
-            of_item[start],
-            number[start],
-            # All scored rows are computed again, wherever the change begins.
-            np.minimum(np.minimum.reduceat(moves[:, START], start), last_prompt[of_item[start]]),
-            layer,
-            np.maximum.reduceat(ends, start),
-            start,
-            moves,
-            np.concatenate([cells.experts for _, _, cells in items]),
-        )
+        # All scored rows are computed again, wherever the change begins.
+        first = np.minimum(np.minimum.reduceat(moves[:, START], start), last_prompt[of_item[start]])
+        changes = np.stack([layer, first, np.maximum.reduceat(ends, start)], 1)
+        experts = np.concatenate([cells.experts for _, _, cells in items])
+        return cls([base for _, base, _ in items], of_item[start], number[start], changes, start, moves, experts)
+
+    @property
+    def first(self) -> np.ndarray:
+        """int [num_candidates], first position that changes."""
+        first: np.ndarray = self.changes[:, 1]
+        return first
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int [num_candidates], tokens of each, shared ones included."""
+        num_tokens: np.ndarray = np.array([base.num_tokens for base in self.bases], np.int64)[self.base]
+        return num_tokens
 
 
 class CellScorer:
@@ -122,10 +132,10 @@ class CellScorer:
         found: list[tuple[np.ndarray, int]] = []
         at = 0
         while at < len(items):
-            bases, work = self._ready(items[at:])
+            bases, changes = self._ready(items[at:])
             if not bases:
                 raise RouteError(f"the {len(reserve)} KV blocks for cells do not hold a prompt of {len(items[at].prompt)} tokens")
-            found += self._score(items[at : at + len(bases)], bases, work)
+            found += self._score(items[at : at + len(bases)], bases, changes)
             at += len(bases)
         self._generation = generation
         return found
@@ -138,10 +148,10 @@ class CellScorer:
         self._first_own = num_blocks + 1
         self._memory = Memory(reserve, layers.empty_stream(layers.num_layers, num_blocks * size))
 
-    def _ready(self, items: Sequence[Cells]) -> tuple[list[Base], np.ndarray]:
-        """The bases of as many items as there is room for, and what each cost in tokens."""
+    def _ready(self, items: Sequence[Cells]) -> tuple[list[Base], Changes]:
+        """The bases of as many items as there is room for, and what must be computed of them."""
         found: list[Base] = []
-        todo: dict[Base, tuple[int, int, int]] = {}
+        changes: Changes = {}
         for cells in items:
             base = self._bases.find(cells)
             if base is None:
@@ -152,111 +162,125 @@ class CellScorer:
                     change = before.first_difference(routes)
                     if change is not None:
                         # All scored rows are computed again, wherever the change begins.
-                        todo[base] = (self._shape.moe_layers[change[0]], min(change[1], len(cells.prompt) - 1), change[2])
+                        changes[base] = (self._shape.moe_layers[change[0]], min(change[1], len(cells.prompt) - 1), change[2])
                 else:
                     base = self._bases.add(cells, routes, found)
                     if base is None:
                         break
-                    todo[base] = (-1, 0, 0)
+                    changes[base] = (-1, 0, 0)
             found.append(base)
-        work = dict.fromkeys(found, 0.0)
-        for some in self._pieces(list(todo), [base.num_tokens for base in todo]):
-            changes = np.array([todo[base] for base in some])
-            for base, cost in zip(some, self._move(some, changes), strict=True):
-                work[base] += cost
-        return found, np.array([work.pop(base, 0.0) for base in found])
+        return found, changes
 
-    def _pieces(self, bases: list[Base], sizes: list[int]) -> Iterator[list[Base]]:
-        """Bases by as many as a sweep takes."""
-        some: list[Base] = []
-        tokens = 0
-        for base, size in zip(bases, sizes, strict=True):
-            if some and (len(some) >= self._limits[0] or tokens + size > self._limits[1]):
-                yield some
-                some, tokens = [], 0
-            some.append(base)
-            tokens += size
-        if some:
-            yield some
-
-    def _move(self, bases: list[Base], changes: np.ndarray) -> np.ndarray:
-        """Compute bases from (layer, first position, end of the span) on; returns each one's work in tokens."""
-        base = np.arange(len(bases))
-        tables = self._tables(bases)
-        layer, first, span_end = changes.T
-        sequences = Sequences(bases, base, first, layer, span_end, tables, tables, moves_base=True)
-        values = self.runner.run(self._memory, sequences, np.zeros((0, 4), np.int64), np.zeros((0, self._shape.top_k), np.int32))
-        for one, value in zip(bases, values.split([len(one.cells.target) for one in bases]), strict=True):
-            one.log_probs = value[:, : one.cells.target.shape[1]]
-        return sequences.work(self.layers.num_layers)
-
-    def _tables(self, bases: Sequence[Base]) -> np.ndarray:
-        return block_tables(bases, self.layers.table_width(max(one.num_tokens for one in bases)))
-
-    def _score(self, items: Sequence[Cells], bases: list[Base], work: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Scores of items whose bases are ready."""
+    def _score(self, items: Sequence[Cells], bases: list[Base], changes: Changes) -> list[tuple[np.ndarray, int]]:
+        """Scores of items whose bases have room, `changes` of these first."""
         counts = np.array([cells.num_candidates for cells in items])
         offsets = np.cumsum(counts) - counts
         lens = np.repeat([len(cells.target) for cells in items], counts)
         starts = np.cumsum(lens) - lens
-        # A candidate without a move has its base's.
         scores = torch.zeros((int(lens.sum()), max(cells.target.shape[1] for cells in items)), device=self.layers.device)
-        at = 0
-        for base, count in zip(bases, counts.tolist(), strict=True):
+        moved = [(int(at), base, cells) for at, base, cells in zip(offsets, bases, items, strict=True) if len(cells.moves)]
+        candidates = Candidates.of(moved, self._shape.top_k)
+        together = self._together(candidates, changes)
+        work = dict.fromkeys(bases, 0.0)
+        nobody = np.zeros(0, np.int64)
+        for alone in self._pieces([base for base in changes if base not in together]):
+            self._run(candidates, nobody, {base: changes[base] for base in alone}, work)
+        for some, moving in self._chunks(candidates, together):
+            values = self._run(candidates, some, moving, work)
+            where = upload(ranges(starts[candidates.number[some]], lens[candidates.number[some]]), torch.int64, scores.device)
+            scores[where, : values.shape[1]] = values
+        for base, at, count in zip(bases, offsets.tolist(), counts.tolist(), strict=True):
+            # A candidate without a move has its base's.
+            same = np.setdiff1d(np.arange(at, at + count), candidates.number)
             assert base.log_probs is not None
-            rows, width = base.log_probs.shape
-            scores[at : at + count * rows, :width] = base.log_probs.repeat(count, 1)
-            at += count * rows
-        if any(len(cells.moves) for cells in items):
-            moved = [
-                (int(first), base, cells) for first, base, cells in zip(offsets, bases, items, strict=True) if len(cells.moves)
-            ]
-            candidates = Candidates.of(moved)
-            of_item = np.array([at for at, cells in enumerate(items) if len(cells.moves)])
-            for some in self._chunks(candidates):
-                sequences, values = self._draw(candidates, some)
-                number = candidates.number[some]
-                where = upload(ranges(starts[number], lens[number]), torch.int64, scores.device)
-                scores[where, : values.shape[1]] = values
-                np.add.at(work, of_item[candidates.base[some]], sequences.work(self.layers.num_layers))
+            where = upload(ranges(starts[same], lens[same]), torch.int64, scores.device)
+            scores[where, : base.log_probs.shape[1]] = base.log_probs.repeat(len(same), 1)
         sizes = [cells.num_candidates * len(cells.target) for cells in items]
         parts = np.split(scores.cpu().numpy(), np.cumsum(sizes)[:-1])
-        return [(part[:, : cells.target.shape[1]], round(cost)) for part, cells, cost in zip(parts, items, work, strict=True)]
+        return [
+            (part[:, : cells.target.shape[1]], round(work.pop(base, 0.0)))
+            for part, cells, base in zip(parts, items, bases, strict=True)
+        ]
 
-    def _chunks(self, candidates: Candidates) -> Iterator[np.ndarray]:
-        """Numbers of candidates that fit one sweep together; those of near layers, so that a sweep has few stages."""
+    def _together(self, candidates: Candidates, changes: Changes) -> Changes:
+        """Bases that may move in the sweep of their own candidates.
+
+        A candidate has a copy of the KV block in which it begins, made before the sweep: nothing in it before its own position may
+        change meanwhile.
+        """
+        last = self.layers.num_layers - 1
+        found = {base: changes[base] for base in candidates.bases if base in changes}
+        for number, base in enumerate(candidates.bases):
+            if base in found:
+                layer, first, _ = found[base]
+                begins = candidates.first[candidates.base == number]
+                if layer < last and ((begins > first) & (begins % self.layers.block_size > 0)).any():
+                    del found[base]
+        tokens = sum(base.num_tokens - first for base, (_, first, _) in found.items())
+        return found if len(found) < self._limits[0] and tokens < self._limits[1] else {}
+
+    def _pieces(self, bases: list[Base]) -> Iterator[list[Base]]:
+        """Bases by as many as a sweep takes."""
+        some: list[Base] = []
+        for base in bases:
+            if some and (len(some) >= self._limits[0] or sum(one.num_tokens for one in (*some, base)) > self._limits[1]):
+                yield some
+                some = []
+            some.append(base)
+        if some:
+            yield some
+
+    def _chunks(self, candidates: Candidates, together: Changes) -> Iterator[tuple[np.ndarray, Changes]]:
+        """Numbers of candidates that fit one sweep together, and the bases that move in it: all in the first.
+
+        Candidates of near layers come together, so that a sweep has few stages.
+        """
         size = self.layers.block_size
-        num_tokens = np.array([base.num_tokens for base in candidates.bases])[candidates.base]
-        order = np.lexsort((candidates.first, candidates.layer))
+        num_tokens = candidates.num_tokens
+        order = np.lexsort((candidates.first, candidates.changes[:, 0]))
         tokens = np.cumsum((num_tokens - candidates.first)[order])
         blocks = np.cumsum((-(-num_tokens // size) - candidates.first // size)[order])
         room = len(self._memory.reserve) - self._first_own
-        at = 0
+        at, moving = 0, together
         while at < len(order):
+            taken = sum(base.num_tokens - first for base, (_, first, _) in moving.items())
             before = (int(tokens[at - 1]), int(blocks[at - 1])) if at else (0, 0)
             end = min(
-                at + self._limits[0],
-                int(np.searchsorted(tokens, before[0] + self._limits[1], "right")),
+                at + self._limits[0] - len(moving),
+                int(np.searchsorted(tokens, before[0] + self._limits[1] - taken, "right")),
                 int(np.searchsorted(blocks, before[1] + room, "right")),
             )
-            if end <= at:
+            if end <= at and not moving:
                 raise RouteError(f"the {len(self._memory.reserve)} KV blocks for cells do not hold one candidate")
-            yield order[at:end]
-            at = end
+            yield order[at:end], moving
+            at, moving = max(at, end), {}
 
-    def _draw(self, candidates: Candidates, some: np.ndarray) -> tuple[Sequences, torch.Tensor]:
-        """Run some candidates; their sequences, and float32 log-probabilities of their targets' tokens, one after the other."""
-        size = self.layers.block_size
-        base, first = candidates.base[some], candidates.first[some]
-        tables = self._tables(candidates.bases)[base]
-        num_blocks = -(-np.array([one.num_tokens for one in candidates.bases])[base] // size)
+    def _run(self, candidates: Candidates, some: np.ndarray, moving: Changes, work: dict[Base, float]) -> torch.Tensor:
+        """Move bases and run some candidates in one sweep.
+
+        Returns:
+            float32, log-probabilities of the candidates' targets' tokens, one candidate after the other.
+
+        """
+        size, num_moving = self.layers.block_size, len(moving)
+        bases = [*candidates.bases] if len(some) else [*moving]
+        base = np.array([*(bases.index(one) for one in moving), *candidates.base[some].tolist()], np.int64)
+        layer, first, span_end = np.array([*moving.values(), *candidates.changes[some].tolist()], np.int64).reshape(-1, 3).T
+        tables = block_tables(bases, self.layers.table_width(max(one.num_tokens for one in bases)))[base]
+        num_blocks = -(-np.array([one.num_tokens for one in bases])[base] // size)
         counts = num_blocks - first // size
+        counts[:num_moving] = 0
         own = tables.copy()
-        own[np.repeat(np.arange(len(some)), counts), ranges(first // size, counts)] = self._first_own + np.arange(counts.sum())
-        sequences = Sequences(candidates.bases, base, first, candidates.layer[some], candidates.span_end[some], own, tables)
+        own[np.repeat(np.arange(len(base)), counts), ranges(first // size, counts)] = self._first_own + np.arange(counts.sum())
+        sequences = Sequences(bases, base, first, layer, span_end, own, tables, np.arange(len(base)) < num_moving)
         ends = np.append(candidates.move_start[1:], len(candidates.moves))
         counts = (ends - candidates.move_start)[some]
         chosen = ranges(candidates.move_start[some], counts)
         moves = candidates.moves[chosen].copy()
-        moves[:, CANDIDATE] = np.repeat(np.arange(len(some)), counts)
-        return sequences, self.runner.run(self._memory, sequences, moves, candidates.experts[chosen])
+        moves[:, CANDIDATE] = np.repeat(num_moving + np.arange(len(some)), counts)
+        values = self.runner.run(self._memory, sequences, moves, candidates.experts[chosen])
+        for one, cost in zip((bases[at] for at in base), sequences.work(self.layers.num_layers), strict=True):
+            work[one] += cost
+        for one in moving:
+            one.log_probs, values = values[: len(one.cells.target), : one.cells.target.shape[1]], values[len(one.cells.target) :]
+        return values

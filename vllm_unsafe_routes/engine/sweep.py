@@ -6,7 +6,8 @@ So it computes the changed tokens at layer l, takes the base's residual stream f
 all tokens from t on.
 
 Sequences of many prompts and layers share a sweep. Each keeps a place of `num_tokens - t` rows in it; a layer runs on the rows of
-the sequences that have joined.
+the sequences that have joined. A base that moves to another plan is a sequence too, and leaves its residual stream at every layer
+where its candidates, in the same sweep, find it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Sequences:
         own_blocks: int [num_seqs, width], KV blocks for the layers behind l, as indices into the reserve; those before `first` are
             the base's.
         base_blocks: int [num_seqs, width], the base's blocks.
-        moves_base: whether these are the bases themselves on their way to another plan.
+        moves_base: bool [num_seqs], sequences that are a base itself on its way to another plan.
 
     """
 
@@ -66,7 +67,7 @@ class Sequences:
     span_end: np.ndarray
     own_blocks: np.ndarray
     base_blocks: np.ndarray
-    moves_base: bool = False
+    moves_base: np.ndarray
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -105,6 +106,8 @@ class _Part(NamedTuple):
         batch: the same as a batch.
         token_ids: int32 [num_tokens].
         routes: int32 [MoE layers, num_tokens and some padding], their rows in the route table.
+        moved: int64 [tokens of moving bases], their numbers among the tokens; None: no base moves.
+        moved_slots: int64, the same shape, where each is in the bases' residual streams.
 
     """
 
@@ -112,6 +115,8 @@ class _Part(NamedTuple):
     batch: Batch
     token_ids: torch.Tensor
     routes: torch.Tensor
+    moved: torch.Tensor | None
+    moved_slots: torch.Tensor
 
 
 class Sweep:
@@ -145,15 +150,15 @@ class Sweep:
     def run(self) -> torch.Tensor:
         """The output layer's input, [rows of the sweep, width]."""
         own, num_layers = self.sequences, self._layers.num_layers
-        if not own.moves_base:
-            shared = (own.first % self._size > 0) & (own.layer < num_layers - 1)
-            at = np.arange(len(shared))[shared], own.first[shared] // self._size
-            reserve = self._memory.reserve
-            self._layers.copy_blocks(reserve[own.base_blocks[at]], reserve[own.own_blocks[at]], int(own.layer.min()) + 1)
-        bounds = sorted({*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers})
-        if own.moves_base:
-            bounds = list(range(bounds[0], num_layers + 1))
-        for start, end in itertools.pairwise(bounds):
+        shared = (own.first % self._size > 0) & (own.layer < num_layers - 1) & ~own.moves_base
+        if shared.any():
+            at = shared.nonzero()[0], own.first[shared] // self._size
+            source, target = self._memory.reserve[own.base_blocks[at]], self._memory.reserve[own.own_blocks[at]]
+            self._layers.copy_blocks(source, target, int(own.layer[shared].min()) + 1)
+        bounds = {*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers}
+        if own.moves_base.any():
+            bounds |= set(range(max(0, int(own.layer[own.moves_base].min())), num_layers))
+        for start, end in itertools.pairwise(sorted(bounds)):
             self._run(start, end)
         return self._state[self._layers.keys[0]]
 
@@ -173,8 +178,8 @@ class Sweep:
         stream = {key: value[part.rows] for key, value in self._state.items()} if start else {}
         for key, value in self._layers.run(start, end, part.batch, part.token_ids, stream).items():
             self._state[key][part.rows] = value
-            if own.moves_base:
-                self._memory.streams[key][end - 1, self._slots[part.rows]] = value
+            if part.moved is not None:
+                self._memory.streams[key][end - 1, part.moved_slots] = value[part.moved]
         if joining.any():
             after = (own.span_end - own.first)[joining]
             self._load(end, ranges(self.starts[joining] + after, self._lens[joining] - after))
@@ -214,6 +219,9 @@ class Sweep:
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
         routes = torch.nn.functional.pad(self._routes[:, where], (0, -len(rows) % 16))
-        part = _Part(where, self._layers.batch(queries), token_ids, routes)
+        moved = np.flatnonzero(own.moves_base[sequence])
+        moved_at = upload(moved, torch.int64, device) if len(moved) else None
+        moved_slots = self._slots[where if moved_at is None else where[moved_at]]
+        part = _Part(where, self._layers.batch(queries), token_ids, routes, moved_at, moved_slots)
         self._last = key, part
         return part
