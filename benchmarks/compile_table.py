@@ -72,12 +72,14 @@ class Variant:
         name: row of the table.
         selections: warp-wide reductions on the path whose instructions are counted; 0: count all instructions.
         launch: makes the kernel and the launch's positional and keyword arguments.
+        reduction: which reductions these are.
 
     """
 
     name: str
     selections: int
     launch: Callable[[], Launch]
+    reduction: str = "REDUX.MAX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def route_launch(
     dtype: torch.dtype,
     directives: bool,
     routes: bool = False,
-    score_bias: bool = False,
+    soft: bool = False,
     only_directed: bool = False,
     in_engine: bool = False,
     num_tokens: int = NUM_TOKENS,
@@ -129,7 +131,8 @@ def route_launch(
             meta(NUM_ROWS, (experts + 31) // 32),
             meta(NUM_ROWS, top_k),
             meta(NUM_ROWS, top_k, dtype=torch.float32),
-            meta(NUM_ROWS, experts, dtype=torch.float32) if score_bias else None,
+            meta(NUM_ROWS, experts, dtype=torch.float32) if soft else None,
+            meta(NUM_ROWS, 2, (experts + 31) // 32) if soft else None,
         )
     _, positional, keywords = route_topk_triton.launch_arguments(
         router_logits=meta(num_tokens, experts, dtype=dtype),
@@ -202,15 +205,19 @@ def variants() -> list[Variant]:
             made += [
                 of_many("bf16, no directives", shape, directives=False),
                 of_many("bf16, directives", shape, directives=True),
-                of_many("bf16, only directed tokens, all outputs", shape, directives=True, in_engine=True),
+                of_many("bf16, only directed tokens, all outputs", shape, directives=True, soft=True, in_engine=True),
             ]
     olmoe = next(shape for shape in SHAPES if shape.name == "OLMoE")
+    soft_launch = functools.partial(route_launch, olmoe, torch.bfloat16, directives=True, soft=True)
     made += [
         route("fp32, no directives", olmoe, torch.float32, directives=False),
         route("fp32, directives", olmoe, torch.float32, directives=True),
-        route("bf16, directives + score bias", olmoe, directives=True, score_bias=True),
+        route("bf16, directives + soft ones", olmoe, directives=True, soft=True),
+        # A changed logit has no 16 bits and no packed key, so each of its selections ends in a minimum; so does the smallest logit.
+        Variant("OLMoE 64/8, bf16, directives + soft ones: a biased token", 8, soft_launch, "REDUX.MIN"),
+        Variant("OLMoE 64/8, bf16, directives + soft ones: a promoted or demoted expert", 9, soft_launch, "REDUX.MIN"),
         route("bf16, only directed tokens", olmoe, directives=True, only_directed=True),
-        route("bf16, only directed tokens, all outputs", olmoe, directives=True, in_engine=True),
+        route("bf16, only directed tokens, all outputs", olmoe, directives=True, soft=True, in_engine=True),
         Variant("row index", 0, row_index_launch),
         Variant("jitter, 64 experts, bf16", 0, lambda: jitter_launch(64)),
     ]
@@ -228,14 +235,14 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def facts_of(compiled: Any, target: GPUTarget, selections: int) -> Facts:
+def facts_of(compiled: Any, target: GPUTarget, variant: Variant) -> Facts:
     """Read the compilers' results."""
     if target.backend == "cuda":
-        return _cuda_facts(compiled.asm["cubin"], compiled.metadata.shared, selections)
+        return _cuda_facts(compiled.asm["cubin"], compiled.metadata.shared, variant)
     return _amd_facts(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
-def _cuda_facts(cubin: bytes, shared: int, selections: int) -> Facts:
+def _cuda_facts(cubin: bytes, shared: int, variant: Variant) -> Facts:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -246,15 +253,16 @@ def _cuda_facts(cubin: bytes, shared: int, selections: int) -> Facts:
     registers, stack, local = map(int, found.groups())
     code = [(match[1], match[2]) for match in re.finditer(r"^(?:(\.L\w+):|\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ?;)", sass, re.MULTILINE)]
     loads = [_cuda_load_bits(text) for _, text in code if text and re.search(r"\bLDG", text)]
-    return Facts(registers, stack + local, shared, max(loads), _count_instructions(code, selections))
+    return Facts(registers, stack + local, shared, max(loads), _count_instructions(code, variant.selections, variant.reduction))
 
 
-def _count_instructions(code: list[tuple[str | None, str | None]], selections: int) -> int:
+def _count_instructions(code: list[tuple[str | None, str | None]], selections: int, reduction: str) -> int:
     """Instructions on the shortest path from the entry to an exit that makes the selections.
 
     Args:
         code: labels and instructions in order, one of each pair None.
-        selections: integer maxima over the warp that the path must have; 0: count all instructions up to the last exit.
+        selections: integer reductions over the warp that the path must have; 0: count all instructions up to the last exit.
+        reduction: their opcode.
 
     """
     blocks: list[list[str]] = [[]]
@@ -272,7 +280,7 @@ def _count_instructions(code: list[tuple[str | None, str | None]], selections: i
     if not selections:
         return sum(map(len, blocks[: exits[-1] + 1]))
     # Shortest first: instructions up to and with a block, selections made by then.
-    made_in = [sum("REDUX.MAX" in text for text in block) for block in blocks]
+    made_in = [sum(reduction in text for text in block) for block in blocks]
     queue = [(len(blocks[0]), 0, min(made_in[0], selections))]
     seen = set()
     while queue:
@@ -362,9 +370,7 @@ def main() -> int:
         if args.only and not any(text in variant.name for text in args.only):
             continue
         launch = variant.launch()
-        rows[variant.name] = {
-            name: facts_of(compile_for(launch, TARGETS[name]), TARGETS[name], variant.selections) for name in args.targets
-        }
+        rows[variant.name] = {name: facts_of(compile_for(launch, TARGETS[name]), TARGETS[name], variant) for name in args.targets}
         print(variant.name, *rows[variant.name].values(), sep=" | ", file=sys.stderr, flush=True)
         failures += [f"{variant.name} spills {fact.spilled} on {name}" for name, fact in rows[variant.name].items() if fact.spilled]
     text = table(rows, args.targets)

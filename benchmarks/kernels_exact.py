@@ -73,7 +73,7 @@ def check_route_topk(name: str, spec: GatingSpec, device: str, seed: int, num_to
         DTYPES[seed % 3],
         directives=("mixed", "all", "none")[seed % 3],
         correction_bias=bias,
-        score_bias=bool(seed % 2),
+        soft=bool(seed % 2),
         padding=bool(seed % 2),
         ties=not bias and not spec.grouped and not seed % 2,
     )

@@ -5,19 +5,27 @@ For one token with router logits `x`, row `r` of the route table (or none) and g
     x = float32(x), clamped to the finite range; NaN -> lowest
     allowed = all experts, or those whose bits are set in the row
     biased = x + score_bias[r], clamped as well                 if FLAG_SCORE_BIAS, else x
+    promoted, demoted = the allowed experts whose bits are set in steered[r]        if FLAG_STEERED without FLAG_FORCED, else none
+    steered = max(biased among allowed) + margin at promoted, min(biased among allowed) - margin at demoted, biased elsewhere
     score(v, among) = softmax of v over `among` (0 elsewhere)   softmax
                     | sigmoid(v) | sqrt(softplus(v))            elementwise, whatever `among` is
-    own = score(biased, allowed or the forced experts)
     choice = biased if softmax without correction bias          (monotone, and exact where probabilities underflow)
-           | own + correction_bias                              else
+           | score(biased, allowed) + correction_bias           else
     eligible = experts of the topk_group best groups; a group's score is the best (or the sum of the two best) choice among its
-               allowed experts, -inf if it has none; equal groups: the smaller first
-    ids = the top_k allowed experts by (eligible first, larger choice first, smaller id first)
+               allowed experts that are not demoted, -inf if it has none; equal groups: the smaller first
+    ids = the top_k allowed experts by (promoted first, demoted last, eligible first, larger choice first, smaller id first), the
+          promoted ones among themselves by smaller id alone
         | forced_ids[r]                                         if FLAG_FORCED: order kept, groups do not matter
-    w = own[ids] | score(x, all)[ids]                           if FLAG_NATIVE_WEIGHTS
+    w = score(steered, allowed or the forced experts)[ids] | score(x, all)[ids]     if FLAG_NATIVE_WEIGHTS
     w = w / sum(w), zeros if the sum is 0                       if renormalize
     w = w * routed_scaling_factor
     w = forced_weights[r]                                       if FLAG_EXPLICIT_WEIGHTS
+
+So a bias moves selection and, unless weights are native, weights; a promoted expert is selected whatever its logit, its
+correction or its group, while the others compete as ever; a demoted one is selected only where nothing else is left. With softmax
+and without masks this is SteerMoE's rule (arXiv 2509.09660, adobe-research/SteerMoE: log-softmax scores put to max + 0.01 and
+min - 0.01 before the model's own top-k), but for ties that its margin cannot part. What an expert is promoted or demoted for is
+undone neither by corrections nor by groups; what a mask excludes is out whatever its bias.
 
 An allowed expert whose logit is -inf or NaN can be selected, last. A row that leaves fewer experts than top_k (the engine refuses
 such plans) repeats its best expert with weight 0, expert 0 if it leaves none: ids are always in range. Tokens marked as
@@ -33,6 +41,8 @@ from .spec import (
     FLAG_FORCED,
     FLAG_NATIVE_WEIGHTS,
     FLAG_SCORE_BIAS,
+    FLAG_STEERED,
+    STEERING_MARGIN,
     GatingSpec,
     RouteRows,
     unpack_allowed,
@@ -68,6 +78,7 @@ def route_topk_reference(
     x = finite(router_logits.to(torch.float32)).to(compute_dtype)
     allowed = torch.ones_like(x, dtype=torch.bool)
     biased, flags, row = x, None, None
+    promoted = demoted = None
     if row_index is not None and rows is not None:
         directed = row_index >= 0
         row = row_index.clamp(min=0).long()
@@ -77,16 +88,18 @@ def route_topk_reference(
         allowed = unpack_allowed(rows.allowed[row], num_experts) | ~directed.unsqueeze(1)
         only_forced = torch.zeros_like(allowed).scatter_(1, torch.where(forced, forced_ids, 0), True)
         allowed = torch.where(forced, only_forced, allowed)
-        if rows.score_bias is not None:
-            wants_bias = (flags & FLAG_SCORE_BIAS).bool().unsqueeze(1)
-            biased = torch.where(wants_bias, finite(x + rows.score_bias[row]), x)
+        biased, promoted, demoted = soft_wishes(x, allowed, flags, row, rows)
 
     own = score(biased, allowed, spec.scoring)
     if spec.scoring == "softmax" and correction_bias is None:
         choice = biased
     else:
         choice = own if correction_bias is None else own + correction_bias.to(compute_dtype)
-    ids, num_left = _select(choice, allowed, spec)
+    if promoted is None or demoted is None:
+        ids, num_left = _select(choice, allowed, spec)
+    else:
+        ids, num_left = _select(choice, allowed, spec, promoted, demoted)
+        own = score(steer(biased, allowed, promoted, demoted), allowed, spec.scoring)
     if flags is not None:
         ids = torch.where(forced, forced_ids, ids)
         num_left = torch.where(forced, top_k, num_left)
@@ -119,6 +132,36 @@ def finite(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float32 else values.clamp(-largest, largest)
 
 
+def soft_wishes(
+    x: torch.Tensor, allowed: torch.Tensor, flags: torch.Tensor, row: torch.Tensor, rows: RouteRows
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Biased logits, promoted and demoted experts; None, None: the table knows no such experts.
+
+    Args:
+        x: finite logits [num_tokens, num_experts].
+        allowed: bool [num_tokens or 1, num_experts].
+        flags: int32 [num_tokens or 1], 0 for a token without a row.
+        row: int64, of the same shape, any row for such a token.
+        rows: the route table.
+
+    """
+    biased, num_experts = x, x.shape[1]
+    if rows.score_bias is not None:
+        biased = torch.where((flags & FLAG_SCORE_BIAS).bool().unsqueeze(1), finite(x + rows.score_bias[row]), x)
+    if rows.steered is None:
+        return biased, None, None
+    among = allowed & ((flags & (FLAG_STEERED | FLAG_FORCED)) == FLAG_STEERED).unsqueeze(1)
+    promoted = unpack_allowed(rows.steered[row, 0], num_experts) & among
+    return biased, promoted, unpack_allowed(rows.steered[row, 1], num_experts) & among & ~promoted
+
+
+def steer(values: torch.Tensor, allowed: torch.Tensor, promoted: torch.Tensor, demoted: torch.Tensor) -> torch.Tensor:
+    """Logits [num_tokens, num_experts], the promoted ones just above the largest allowed, the demoted just below the smallest."""
+    top = values.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True)
+    low = values.masked_fill(~allowed, torch.inf).amin(-1, keepdim=True)
+    return torch.where(promoted, finite(top + STEERING_MARGIN), torch.where(demoted, finite(low - STEERING_MARGIN), values))
+
+
 def score(values: torch.Tensor, among: torch.Tensor, scoring: str) -> torch.Tensor:
     """Scores of `values` [num_tokens, num_experts]; softmax runs over the experts in `among`."""
     if scoring == "sigmoid":
@@ -129,12 +172,20 @@ def score(values: torch.Tensor, among: torch.Tensor, scoring: str) -> torch.Tens
     return values.masked_fill(~among, -torch.inf).softmax(-1)
 
 
-def _select(choice: torch.Tensor, allowed: torch.Tensor, spec: GatingSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _select(
+    choice: torch.Tensor,
+    allowed: torch.Tensor,
+    spec: GatingSpec,
+    promoted: torch.Tensor | None = None,
+    demoted: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 [num_tokens, top_k] and how many of them are real, int64 [num_tokens, 1]."""
-    eligible = allowed
+    others = allowed if demoted is None else allowed & ~demoted
+    # An expert of a higher place beats all of a lower one.
+    place = allowed.to(torch.int8) + others.to(torch.int8)
     if spec.grouped:
-        masked = choice.masked_fill(~allowed, -torch.inf).unflatten(1, (spec.num_expert_group, -1))
-        has_any = allowed.unflatten(1, (spec.num_expert_group, -1))
+        masked = choice.masked_fill(~others, -torch.inf).unflatten(1, (spec.num_expert_group, -1))
+        has_any = others.unflatten(1, (spec.num_expert_group, -1))
         if spec.group_score == "max" or masked.shape[-1] == 1:
             group_score = masked.amax(-1)
         else:
@@ -144,11 +195,14 @@ def _select(choice: torch.Tensor, allowed: torch.Tensor, spec: GatingSpec) -> tu
         # A group without an allowed expert comes last; among equals the smaller group comes first.
         order = torch.argsort(group_score, dim=-1, descending=True, stable=True)[:, : spec.topk_group]
         chosen = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, order, True)
-        eligible = allowed & chosen.repeat_interleave(masked.shape[-1], dim=1)
+        place += others & chosen.repeat_interleave(masked.shape[-1], dim=1)
+    if promoted is not None:
+        place = place.masked_fill(promoted, 4)
+        choice = choice.masked_fill(promoted, 0)
     # Scores are finite, so -inf sets the excluded experts apart; stable sorting puts the smaller id first among equals.
     order = torch.argsort(choice.masked_fill(~allowed, -torch.inf), dim=-1, descending=True, stable=True)
-    if spec.grouped:
-        order = order.gather(1, torch.argsort(eligible.gather(1, order).to(torch.int8), dim=-1, descending=True, stable=True))
+    if spec.grouped or promoted is not None:
+        order = order.gather(1, torch.argsort(place.gather(1, order), dim=-1, descending=True, stable=True))
     ids = order[:, : spec.top_k]
     num_left = allowed.sum(-1, keepdim=True)
     best = torch.where(num_left > 0, ids[:, :1], 0)

@@ -78,7 +78,7 @@ def route_topk(
     run(
         router_logits,
         row_index,
-        *(rows or (None,) * 5),
+        *(rows or (None,) * 6),
         correction_bias,
         is_padding,
         topk_weights,
@@ -120,6 +120,8 @@ def _check(
         raise ValueError("router_logits: the experts of a token must be contiguous")
     if (row_index is None) != (rows is None):
         raise ValueError("row_index and rows come together")
+    if rows is not None and (rows.score_bias is None) != (rows.steered is None):
+        raise ValueError("score_bias and steered come together")
     if row_index is not None and (row_index.dtype != torch.int32 or row_index.shape != (num_tokens,)):
         raise ValueError(f"row_index must be int32 [{num_tokens}], got {row_index.dtype} {tuple(row_index.shape)}")
     if correction_bias is not None and correction_bias.shape != (spec.num_experts,):
@@ -159,6 +161,7 @@ def _dispatch(
     forced_ids: torch.Tensor | None,
     forced_weights: torch.Tensor | None,
     score_bias: torch.Tensor | None,
+    steered: torch.Tensor | None,
     correction_bias: torch.Tensor | None,
     is_padding: torch.Tensor | None,
     topk_weights: torch.Tensor,
@@ -192,7 +195,7 @@ def _dispatch(
     )
     rows = watch = None
     if flags is not None and allowed is not None and forced_ids is not None and forced_weights is not None:
-        rows = RouteRows(flags, allowed, forced_ids, forced_weights, score_bias)
+        rows = RouteRows(flags, allowed, forced_ids, forced_weights, score_bias, steered)
     if watch_step is not None and watch_mark is not None and watch_num_nan is not None:
         watch = RouteWatch(watch_step, watch_mark, watch_num_nan)
     arguments = (router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids)

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .reference import finite, route_topk_reference, score
+from .reference import finite, route_topk_reference, score, soft_wishes, steer
 from .spec import (
     FLAG_EXPLICIT_WEIGHTS,
     FLAG_FORCED,
     FLAG_NATIVE_WEIGHTS,
     FLAG_SCORE_BIAS,
+    FLAG_STEERED,
     GatingSpec,
     RouteRows,
 )
@@ -76,8 +77,6 @@ def _route_all_directed(
     asked = 0
     for value in set(flags.tolist()) if len(row) <= 64 else flags.unique().tolist():
         asked |= value
-    if asked & FLAG_SCORE_BIAS:
-        return None
     x = finite(router_logits.to(torch.float32))
     # unpack_allowed in two operations; int32 words are little-endian on every CPU that the engine runs on.
     allowed = _BITS[rows.allowed[row].view(torch.uint8).long()].flatten(1)[:, : spec.num_experts]
@@ -88,7 +87,14 @@ def _route_all_directed(
         only_forced = torch.zeros_like(allowed).scatter_(1, torch.where(forced, forced_ids, 0), True)
         allowed = torch.where(forced, only_forced, allowed)
     banned = ~allowed
-    own, choice, ids = _choose(x, banned, spec, correction_bias)
+    biased, promoted, demoted = x, None, None
+    if asked & (FLAG_SCORE_BIAS | FLAG_STEERED):
+        biased, promoted, demoted = soft_wishes(x, allowed, flags, row, rows)
+    own, choice, ids = _choose(biased, banned, spec, correction_bias)
+    if asked & FLAG_STEERED and promoted is not None and demoted is not None:
+        ids = _best_steered(choice, promoted, demoted, spec.top_k)
+        steered = steer(biased, allowed, promoted, demoted)
+        own = score(steered, allowed.expand_as(steered), spec.scoring)
     if bool((choice.gather(1, ids[:, -1:]) == -torch.inf).any()):
         return None
     if asked & FLAG_FORCED:
@@ -152,6 +158,15 @@ def _scale(weights: torch.Tensor, spec: GatingSpec) -> torch.Tensor:
         total = weights.sum(-1, keepdim=True)
         weights = torch.where(total > 0, weights / total, 0)
     return weights * spec.routed_scaling_factor if spec.routed_scaling_factor != 1.0 else weights
+
+
+def _best_steered(choice: torch.Tensor, promoted: torch.Tensor, demoted: torch.Tensor, top_k: int) -> torch.Tensor:
+    """As `_best`, with the promoted experts first, by smaller id, and the demoted ones last of those that are not banned."""
+    place = (choice > -torch.inf).to(torch.int8) * 2 - demoted.to(torch.int8)
+    place = place.masked_fill(promoted, 3)
+    order = torch.argsort(choice.masked_fill(promoted, 0), dim=-1, descending=True, stable=True)
+    order = order.gather(1, torch.argsort(place.gather(1, order), dim=-1, descending=True, stable=True))
+    return order[:, :top_k]
 
 
 def _best(choice: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -16,14 +16,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .spec import FLAG_EXPLICIT_WEIGHTS, FLAG_FORCED, FLAG_NATIVE_WEIGHTS, FLAG_SCORE_BIAS, GatingSpec, RouteRows, RouteWatch
+from .spec import (
+    FLAG_EXPLICIT_WEIGHTS,
+    FLAG_FORCED,
+    FLAG_NATIVE_WEIGHTS,
+    FLAG_SCORE_BIAS,
+    FLAG_STEERED,
+    STEERING_MARGIN,
+    GatingSpec,
+    RouteRows,
+    RouteWatch,
+)
 
 _FORCED = tl.constexpr(FLAG_FORCED)
 _EXPLICIT_WEIGHTS = tl.constexpr(FLAG_EXPLICIT_WEIGHTS)
 _NATIVE_WEIGHTS = tl.constexpr(FLAG_NATIVE_WEIGHTS)
 _SCORE_BIAS = tl.constexpr(FLAG_SCORE_BIAS)
+_STEERED = tl.constexpr(FLAG_STEERED)
+_MARGIN = tl.constexpr(STEERING_MARGIN)
 _LOWEST_KEY = tl.constexpr(-(1 << 31))
 _NO_INDEX = tl.constexpr((1 << 31) - 1)
+# Keys of finite floats end below all of these: of promoted experts, of wanted ones, and of those that only demoted ones come after.
+_PROMOTED = tl.constexpr((1 << 31) - 1)
+_WANTED = tl.constexpr((1 << 31) - (1 << 14))
+_NOT_DEMOTED = tl.constexpr((1 << 31) - (1 << 15))
 # float32 forms of bfloat16 and float16 end in as many zeros, which is room for an expert id.
 _INDEX_MASK = tl.constexpr((1 << 13) - 1)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -111,14 +127,13 @@ def _in_best_groups(key, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, T
 
 
 @triton.jit
-def _prefer(key, inside, expert, TOP_K: tl.constexpr):
-    """Keys in which the lanes in `inside`, fewer than TOP_K, beat all others; each side keeps its order."""
+def _prefer(key, inside, expert, FIRST: tl.constexpr, TOP_K: tl.constexpr):
+    """Keys in which the lanes in `inside`, fewer than TOP_K, beat all others; each keeps its order. The best one gets FIRST."""
     left = tl.where(inside, key, _LOWEST_KEY)
     for k in range(TOP_K):
         pick, best = _best(left, expert)
         is_pick = (expert == pick[:, None]) & (best != _LOWEST_KEY)[:, None]
-        # Keys of finite floats end far below.
-        key = tl.where(is_pick, _NO_INDEX - k, key)
+        key = tl.where(is_pick, FIRST - k, key)
         left = tl.where(is_pick, _LOWEST_KEY, left)
     return key
 
@@ -127,6 +142,8 @@ def _prefer(key, inside, expert, TOP_K: tl.constexpr):
 def _select(
     x,
     allowed,
+    promoted,
+    demoted,
     expert,
     offs_k,
     correction_bias,
@@ -141,7 +158,10 @@ def _select(
     MAY_RUN_OUT: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
 ):
-    """The best allowed experts, how many of them are real (the rest repeat the best), and the softmax's sums over those allowed."""
+    """The best allowed experts, how many of them are real (the rest repeat the best), and the softmax's sums over those allowed.
+
+    `promoted` and `demoted` are lanes of allowed experts, or None.
+    """
     top = tl.zeros([BLOCK_TOKENS], tl.float32)
     total = top + 1.0
     if SCORING == "softmax":
@@ -156,15 +176,27 @@ def _select(
         key = tl.where(allowed, _packed_key(choice, expert), _LOWEST_KEY)
     else:
         key = tl.where(allowed, _ordered_key(choice), _LOWEST_KEY)
-    if TOPK_GROUP < NUM_GROUPS:
-        inside = allowed & _in_best_groups(key, BLOCK_GROUPS, BLOCK_SIZE, TOPK_GROUP, GROUP_TOP2)
-        candidates = tl.where(inside, key, _LOWEST_KEY)
+    if TOPK_GROUP < NUM_GROUPS or demoted is not None:
+        wanted = allowed
+        if demoted is not None:
+            wanted = wanted & (demoted == 0)
+        others = wanted
+        if TOPK_GROUP < NUM_GROUPS:
+            of_others = key
+            if demoted is not None:
+                of_others = tl.where(others, key, _LOWEST_KEY)
+            wanted = others & _in_best_groups(of_others, BLOCK_GROUPS, BLOCK_SIZE, TOPK_GROUP, GROUP_TOP2)
+        candidates = tl.where(wanted, key, _LOWEST_KEY)
         if MAY_RUN_OUT:
-            too_few = tl.sum(inside.to(tl.int32), axis=1) < TOP_K
+            too_few = tl.sum(wanted.to(tl.int32), axis=1) < TOP_K
             if tl.max(too_few.to(tl.int32), axis=0) > 0:
-                # Experts outside the best groups serve only once those have none left.
-                candidates = tl.where(too_few[:, None], _prefer(key, inside, expert, TOP_K), candidates)
+                # Experts outside the best groups serve only once those have none left, and demoted ones after these.
+                if demoted is not None and TOPK_GROUP < NUM_GROUPS:
+                    key = _prefer(key, others, expert, _NOT_DEMOTED, TOP_K)
+                candidates = tl.where(too_few[:, None], _prefer(key, wanted, expert, _WANTED, TOP_K), candidates)
         key = candidates
+    if promoted is not None:
+        key = tl.where(promoted, _PROMOTED - expert, key)
     ids = tl.zeros([BLOCK_TOKENS, offs_k.shape[1]], tl.int32)
     for k in tl.static_range(TOP_K):
         if PACKED_KEYS:
@@ -201,6 +233,14 @@ def _weigh(
 
 
 @triton.jit
+def _bits(words_at, expert, mask):
+    """Whether an expert's bit is set in words [num_words] of each token; False outside `mask`."""
+    # The word's sign bit is expert 31 of its 32: an arithmetic shift keeps it, the mask takes the one bit.
+    words = tl.load(words_at + expert // 32, mask=mask, other=0)
+    return ((words >> (expert % 32)) & 1) != 0
+
+
+@triton.jit
 def _gate(
     x,
     logits_at,
@@ -214,10 +254,11 @@ def _gate(
     forced_ids_ptr,
     forced_weights_ptr,
     score_bias_ptr,
+    steered_ptr,
     correction_bias,
     scaling_factor,
     HAS_ROWS: tl.constexpr,
-    HAS_SCORE_BIAS: tl.constexpr,
+    IS_SOFT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -230,10 +271,12 @@ def _gate(
     GROUP_TOP2: tl.constexpr,
     PACKED_KEYS: tl.constexpr,
 ):
-    """Ids and weights [tokens, k] of one program's tokens; without HAS_ROWS none has a directive."""
+    """Ids and weights [tokens, k] of one program's tokens; without HAS_ROWS none has a directive, without IS_SOFT a soft one."""
     mask_k = offs_k < TOP_K
     allowed = is_expert & (row == row)[:, None]
     biased = x
+    promoted = None
+    demoted = None
     flags = tl.zeros([BLOCK_TOKENS], tl.int32)
     if HAS_ROWS:
         NUM_WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
@@ -244,10 +287,14 @@ def _gate(
         words = tl.load(allowed_ptr + at[:, None] * NUM_WORDS + expert // 32, mask=is_expert, other=0)
         words = tl.where((row < 0)[:, None], -1, words)
         allowed = allowed & (((words >> (expert % 32)) & 1) != 0)
-        if HAS_SCORE_BIAS:
-            wants_bias = (flags & _SCORE_BIAS) != 0
-            score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert, other=0.0)
-            biased = tl.where(wants_bias[:, None], _finite(x + score_bias), x)
+        if IS_SOFT:
+            wants_bias = ((flags & _SCORE_BIAS) != 0)[:, None]
+            score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert & wants_bias, other=0.0)
+            biased = tl.where(wants_bias, _finite(x + score_bias), x)
+            is_steered = ((flags & (_STEERED | _FORCED)) == _STEERED)[:, None]
+            steered_at = steered_ptr + at[:, None] * (2 * NUM_WORDS)
+            promoted = _bits(steered_at, expert, allowed & is_steered)
+            demoted = _bits(steered_at + NUM_WORDS, expert, allowed & is_steered) & (promoted == 0)
     forced = (flags & _FORCED) != 0
     native = (flags & _NATIVE_WEIGHTS) != 0
 
@@ -260,6 +307,8 @@ def _gate(
         ids, num_left, top, total = _select(
             biased,
             allowed,
+            promoted,
+            demoted,
             expert,
             offs_k,
             correction_bias,
@@ -281,10 +330,25 @@ def _gate(
 
     # The chosen logits once more, from the L1 cache: cheaper than one reduction per expert to bring them here.
     chosen = _finite(tl.load(logits_at + ids, mask=mask_k & is_token[:, None], other=0.0).to(tl.float32))
-    if HAS_SCORE_BIAS and HAS_ROWS:
-        chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=mask_k, other=0.0)
-        biases = (wants_bias & (flags & _NATIVE_WEIGHTS == 0))[:, None]
+    if IS_SOFT:
+        # Native weights are those of the logits as they were.
+        biases = mask_k & wants_bias & (native == 0)[:, None]
+        chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=biases, other=0.0)
         chosen = tl.where(biases, _finite(chosen + chosen_bias), chosen)
+        weighs_steered = is_steered & (native == 0)[:, None]
+        if tl.max(tl.max(weighs_steered.to(tl.int32), axis=1), axis=0) > 0:
+            key = _ordered_key(biased)
+            high = _finite(_float_of_key(tl.max(tl.where(allowed, key, _LOWEST_KEY), axis=1)) + _MARGIN)[:, None]
+            low = _finite(_float_of_key(tl.min(tl.where(allowed, key, _NO_INDEX), axis=1)) - _MARGIN)[:, None]
+            if SCORING == "softmax":
+                steered = tl.where(promoted, high, tl.where(demoted, low, biased))
+                steered_top, steered_total = _softmax_sums(steered, allowed, BLOCK_TOKENS)
+                top = tl.where(tl.max(weighs_steered.to(tl.int32), axis=1) > 0, steered_top, top)
+                total = tl.where(tl.max(weighs_steered.to(tl.int32), axis=1) > 0, steered_total, total)
+            of_chosen = mask_k & weighs_steered
+            is_promoted = _bits(steered_at, ids, of_chosen)
+            is_demoted = _bits(steered_at + NUM_WORDS, ids, of_chosen)
+            chosen = tl.where(is_promoted, high, tl.where(is_demoted, low, chosen))
     if SCORING == "softmax" and HAS_ROWS:
         if tl.max(native.to(tl.int32), axis=0) > 0:
             native_top, native_total = _softmax_sums(x, is_expert, BLOCK_TOKENS)
@@ -314,6 +378,7 @@ def _gate(
         "allowed_ptr",
         "forced_ids_ptr",
         "forced_weights_ptr",
+        "steered_ptr",
         "is_padding_ptr",
         "topk_weights_ptr",
         "topk_ids_ptr",
@@ -333,6 +398,7 @@ def route_topk_kernel(
     forced_ids_ptr,  # int32 [num_rows, TOP_K]
     forced_weights_ptr,  # float32 [num_rows, TOP_K]
     score_bias_ptr,  # float32 [num_rows, NUM_EXPERTS]
+    steered_ptr,  # int32 [num_rows, 2, NUM_WORDS]
     correction_bias_ptr,  # float [NUM_EXPERTS]
     is_padding_ptr,  # bool [num_tokens]
     topk_weights_ptr,  # float32 [num_tokens, TOP_K]
@@ -361,7 +427,7 @@ def route_topk_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUP_TOP2: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    HAS_SCORE_BIAS: tl.constexpr,
+    HAS_SOFT: tl.constexpr,
     HAS_CORRECTION_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_NATIVE: tl.constexpr,
@@ -427,8 +493,13 @@ def route_topk_kernel(
         correction_bias = tl.load(correction_bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
     ids = tl.zeros([BLOCK_TOKENS, BLOCK_K], tl.int32)
     weights = tl.zeros([BLOCK_TOKENS, BLOCK_K], tl.float32)
-    # A program none of whose tokens has a directive takes a way of its own, which has nothing of the table in it.
-    if HAS_ROWS and (ONLY_DIRECTED or tl.max(row, axis=0) >= 0):
+    is_soft = False
+    if HAS_SOFT:
+        flags = tl.load(flags_ptr + row, mask=row >= 0, other=0)
+        is_soft = tl.max(flags & (_SCORE_BIAS | _STEERED), axis=0) > 0
+    # A program none of whose tokens has a directive takes a way of its own, which has nothing of the table in it; so does one with
+    # a soft directive, which has more in it, and whose logits are no longer the model's.
+    if HAS_SOFT and is_soft:
         ids, weights = _gate(
             x,
             logits_at,
@@ -442,10 +513,42 @@ def route_topk_kernel(
             forced_ids_ptr,
             forced_weights_ptr,
             score_bias_ptr,
+            steered_ptr,
             correction_bias,
             routed_scaling_factor,
             True,
-            HAS_SCORE_BIAS,
+            True,
+            NUM_EXPERTS,
+            TOP_K,
+            BLOCK_TOKENS,
+            BLOCK_GROUPS,
+            BLOCK_SIZE,
+            SCORING,
+            RENORMALIZE,
+            NUM_GROUPS,
+            TOPK_GROUP,
+            GROUP_TOP2,
+            False,
+        )
+    elif HAS_ROWS and (ONLY_DIRECTED or tl.max(row, axis=0) >= 0):
+        ids, weights = _gate(
+            x,
+            logits_at,
+            expert,
+            is_expert,
+            is_token,
+            offs_k,
+            row,
+            flags_ptr,
+            allowed_ptr,
+            forced_ids_ptr,
+            forced_weights_ptr,
+            score_bias_ptr,
+            steered_ptr,
+            correction_bias,
+            routed_scaling_factor,
+            True,
+            False,
             NUM_EXPERTS,
             TOP_K,
             BLOCK_TOKENS,
@@ -472,6 +575,7 @@ def route_topk_kernel(
             forced_ids_ptr,
             forced_weights_ptr,
             score_bias_ptr,
+            steered_ptr,
             correction_bias,
             routed_scaling_factor,
             False,
@@ -553,7 +657,7 @@ def launch_arguments(
     """Grid, positional and keyword arguments of the launch; tensors without memory serve for compilation alone."""
     num_tokens = router_logits.shape[0]
     block_tokens = tokens_per_program(spec, num_tokens)
-    flags, allowed, forced_ids, forced_weights, score_bias = rows if rows is not None else (None,) * 5
+    flags, allowed, forced_ids, forced_weights, score_bias, steered = rows if rows is not None else (None,) * 6
     positional = (
         router_logits,
         router_logits.stride(0),
@@ -563,6 +667,7 @@ def launch_arguments(
         forced_ids,
         forced_weights,
         score_bias,
+        steered,
         correction_bias,
         is_padding,
         topk_weights,
@@ -580,14 +685,14 @@ def launch_arguments(
     )
     keywords = {
         "HAS_ROWS": rows is not None,
-        "HAS_SCORE_BIAS": score_bias is not None,
+        "HAS_SOFT": steered is not None,
         "HAS_CORRECTION_BIAS": correction_bias is not None,
         "HAS_PADDING": is_padding is not None,
         "HAS_NATIVE": native_ids is not None,
         "HAS_ROUTES": routes_ids is not None,
         "HAS_WATCH": watch is not None,
         "ONLY_DIRECTED": only_directed,
-        "PACKED_KEYS": _has_packed_keys(router_logits.dtype, spec, correction_bias is not None or score_bias is not None),
+        "PACKED_KEYS": _has_packed_keys(router_logits.dtype, spec, correction_bias is not None),
         "DENSE_LOGITS": router_logits.stride(0) == spec.num_experts,
         "BLOCK_TOKENS": block_tokens,
         "num_warps": 1,

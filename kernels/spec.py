@@ -12,6 +12,9 @@ FLAG_FORCED = 1
 FLAG_EXPLICIT_WEIGHTS = 2
 FLAG_NATIVE_WEIGHTS = 4
 FLAG_SCORE_BIAS = 8
+FLAG_STEERED = 16
+# How far a promoted expert's logit is put above the largest, a demoted one's below the smallest: SteerMoE's (arXiv 2509.09660).
+STEERING_MARGIN = 0.01
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2")
 
@@ -72,6 +75,8 @@ class RouteRows(NamedTuple):
         forced_ids: int32 [num_rows, top_k], read with FLAG_FORCED.
         forced_weights: float32 [num_rows, top_k], read with FLAG_EXPLICIT_WEIGHTS; final, used as they are.
         score_bias: float32 [num_rows, num_experts] or None, read with FLAG_SCORE_BIAS; added to the logits before scoring.
+        steered: int32 [num_rows, 2, ceil(num_experts / 32)] or None, read with FLAG_STEERED; bits of the promoted experts, then of
+            the demoted ones.
 
     """
 
@@ -80,6 +85,7 @@ class RouteRows(NamedTuple):
     forced_ids: torch.Tensor
     forced_weights: torch.Tensor
     score_bias: torch.Tensor | None = None
+    steered: torch.Tensor | None = None
 
 
 class RouteWatch(NamedTuple):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import WEIGHT_TOLERANCE, Case, loop, make_case, random_rows
 from vllm_unsafe_routes.kernels import GatingSpec, route_topk, route_topk_reference
 from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu, route_topk_cpu
-from vllm_unsafe_routes.kernels.spec import FLAG_NATIVE_WEIGHTS, RouteRows, RouteWatch, pack_allowed, unpack_allowed
+from vllm_unsafe_routes.kernels.spec import FLAG_FORCED, FLAG_NATIVE_WEIGHTS, RouteRows, RouteWatch, pack_allowed, unpack_allowed
 
 SENTINEL_ID, SENTINEL_WEIGHT = 77777, 12345.0
 
@@ -80,7 +80,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, directives):
     spec = MODELS[name]
-    check(make_case(1, spec, directives=directives, correction_bias=spec.scoring != "softmax", score_bias=True, stride=5))
+    check(make_case(1, spec, directives=directives, correction_bias=spec.scoring != "softmax", soft=True, stride=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -107,11 +107,11 @@ def test_top_k(top_k):
 )
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_mix(seed, shape, top_k, scoring, flags, dtype, directives, group_score):
-    renormalize, bias, score_bias, padding, ties = flags
+    renormalize, bias, soft, padding, ties = flags
     spec = GatingSpec(shape[0], top_k, scoring, renormalize, 2.5, shape[1], shape[2], group_score)
     # Rounded logits tie often; float64 and float32 scores agree on those ties where both are exact.
-    ties = ties and scoring == "softmax" and not bias and not score_bias and (shape[1] == 1 or group_score == "max")
-    check(make_case(seed, spec, 4, dtype, directives, bias, score_bias, padding, stride=seed % 3, ties=ties))
+    ties = ties and scoring == "softmax" and not bias and not soft and (shape[1] == 1 or group_score == "max")
+    check(make_case(seed, spec, 4, dtype, directives, bias, soft, padding, stride=seed % 3, ties=ties))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32], ids=str)
@@ -302,8 +302,8 @@ def test_the_op_traces_and_is_registered_right(monkeypatch):
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("rows", ["one", "many"])
 @pytest.mark.parametrize("num_tokens", [3, 100])
-@pytest.mark.parametrize("num_experts", [60, 64, 512])
-def test_the_cpu_path_equals_the_reference(scoring, rows, num_tokens, num_experts):
+@pytest.mark.parametrize(("num_experts", "soft"), [(60, False), (60, True), (64, True), (512, False)])
+def test_the_cpu_path_equals_the_reference(scoring, rows, num_tokens, num_experts, soft):
     """Also where it sorts by keys (many tokens) and broadcasts one row (a policy); coarse logits tie often, zeros of both signs."""
     import random
 
@@ -312,10 +312,10 @@ def test_the_cpu_path_equals_the_reference(scoring, rows, num_tokens, num_expert
     logits = (torch.randn(num_tokens, num_experts, generator=generator) * 2).round() * torch.tensor([1.0, -0.0]).repeat(
         num_experts // 2
     )
-    table = random_rows(random.Random(num_tokens), spec, 8, False)
+    table = random_rows(random.Random(num_tokens), spec, 8, soft)
     row_index = torch.randint(0, 8, (num_tokens,), generator=generator, dtype=torch.int32)
     if rows == "one":
-        row_index = torch.full_like(row_index, int((table.flags == 0).nonzero()[0]))
+        row_index = torch.full_like(row_index, int(((table.flags & FLAG_FORCED) == 0).nonzero()[-1]))
     bias = torch.randn(num_experts, generator=generator) if scoring == "sigmoid" else None
     case = Case(spec, logits.to(torch.bfloat16), row_index, table, bias, None)
     weights, ids = run_cpu(case)

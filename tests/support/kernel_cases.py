@@ -12,6 +12,8 @@ from vllm_unsafe_routes.kernels.spec import (
     FLAG_FORCED,
     FLAG_NATIVE_WEIGHTS,
     FLAG_SCORE_BIAS,
+    FLAG_STEERED,
+    STEERING_MARGIN,
     GatingSpec,
     RouteRows,
     pack_allowed,
@@ -34,12 +36,13 @@ class Case:
     is_padding: torch.Tensor | None
 
 
-def random_rows(rng: random.Random, spec: GatingSpec, num_rows: int, with_score_bias: bool) -> RouteRows:
-    """Rows of every kind in turn: masks, forced ids, explicit weights, native weights, score bias."""
+def random_rows(rng: random.Random, spec: GatingSpec, num_rows: int, soft: bool) -> RouteRows:
+    """Rows of every kind in turn: masks, forced ids, explicit weights, native weights; `soft`: biases, promoted and demoted too."""
     experts, top_k = spec.num_experts, spec.top_k
     allowed = torch.zeros(num_rows, experts, dtype=torch.bool)
     flags, forced_ids = torch.zeros(num_rows, dtype=torch.int32), torch.full((num_rows, top_k), -7, dtype=torch.int32)
     forced_weights = torch.full((num_rows, top_k), math.nan)
+    steered = torch.zeros(num_rows, 2, experts, dtype=torch.bool)
     for row in range(num_rows):
         left = rng.randrange(top_k, experts + 1)
         allowed[row, rng.sample(range(experts), left)] = True
@@ -52,11 +55,15 @@ def random_rows(rng: random.Random, spec: GatingSpec, num_rows: int, with_score_
             forced_weights[row] = torch.tensor([rng.uniform(0, 2) for _ in range(top_k)])
         if rng.random() < 0.4:
             flags[row] |= FLAG_NATIVE_WEIGHTS
-        if with_score_bias and rng.random() < 0.5:
-            flags[row] |= FLAG_SCORE_BIAS
+        if soft:
+            flags[row] |= rng.choice([0, FLAG_SCORE_BIAS, FLAG_STEERED, FLAG_SCORE_BIAS | FLAG_STEERED])
+            # Now and then also what an engine never asks for: as many as fit, excluded ones, all of them.
+            steered[row, 0, rng.sample(range(experts), rng.choice([0, 1, rng.randrange(top_k + 1)]))] = True
+            steered[row, 1, rng.sample(range(experts), rng.choice([0, 1, experts // 2, rng.randrange(experts + 1)]))] = True
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    score_bias = torch.randn(num_rows, experts, generator=generator) if with_score_bias else None
-    return RouteRows(flags, pack_allowed(allowed), forced_ids, forced_weights, score_bias)
+    score_bias = torch.randn(num_rows, experts, generator=generator)
+    rows = RouteRows(flags, pack_allowed(allowed), forced_ids, forced_weights)
+    return rows._replace(score_bias=score_bias, steered=pack_allowed(steered)) if soft else rows
 
 
 def make_case(
@@ -66,7 +73,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     directives: str = "mixed",
     correction_bias: bool = False,
-    score_bias: bool = False,
+    soft: bool = False,
     padding: bool = False,
     stride: int = 0,
     ties: bool = False,
@@ -80,7 +87,7 @@ def make_case(
     logits = storage.to(dtype)[:, : spec.num_experts]
     row_index = rows = None
     if directives != "none":
-        rows = random_rows(rng, spec, 12, score_bias)
+        rows = random_rows(rng, spec, 12, soft)
         numbers = [rng.randrange(12) if directives == "all" or rng.random() < 0.6 else -1 for _ in range(num_tokens)]
         row_index = torch.tensor(numbers, dtype=torch.int32)
     bias = torch.randn(spec.num_experts, generator=generator) * 0.3 if correction_bias else None
@@ -106,13 +113,22 @@ def _token(case: Case, token: int) -> tuple[list[float], list[int]]:
     x = [finite(value) for value in case.logits[token].float().tolist()]
     row = -1 if case.row_index is None else int(case.row_index[token])
     flags, allowed, forced, biased = 0, list(experts), [], x
+    promoted: list[int] = []
+    demoted: set[int] = set()
     if row >= 0 and rows is not None:
         flags = int(rows.flags[row])
-        allowed = [e for e in experts if int(rows.allowed[row, e // 32]) >> (e % 32) & 1]
+
+        def members(words: torch.Tensor) -> list[int]:
+            return [e for e in experts if int(words[e // 32]) >> (e % 32) & 1]
+
+        allowed = members(rows.allowed[row])
         if flags & FLAG_FORCED:
             allowed = forced = rows.forced_ids[row].tolist()
         if flags & FLAG_SCORE_BIAS and rows.score_bias is not None:
             biased = [finite(value + bias) for value, bias in zip(x, rows.score_bias[row].tolist(), strict=True)]
+        if flags & FLAG_STEERED and not flags & FLAG_FORCED and rows.steered is not None:
+            promoted = [e for e in members(rows.steered[row, 0]) if e in allowed]
+            demoted = set(members(rows.steered[row, 1])) & set(allowed) - set(promoted)
 
     def score(values: list[float], among: list[int]) -> dict[int, float]:
         if spec.scoring == "sigmoid":
@@ -139,14 +155,22 @@ def _token(case: Case, token: int) -> tuple[list[float], list[int]]:
         size = spec.num_experts // spec.num_expert_group
         of_group = {}
         for group in range(spec.num_expert_group):
-            members = best([e for e in allowed if e // size == group], 1 if spec.group_score == "max" else 2)
-            of_group[group] = sum(choice[e] for e in members) if members else -math.inf
+            first = best([e for e in allowed if e // size == group and e not in demoted], 1 if spec.group_score == "max" else 2)
+            of_group[group] = sum(choice[e] for e in first) if first else -math.inf
         groups = sorted(of_group, key=lambda group: (-of_group[group], group))[: spec.topk_group]
         inside = [e for e in allowed if e // size in groups]
         outside = [e for e in allowed if e // size not in groups]
-    ids = forced or best(inside, spec.top_k)
-    ids = ids + best(outside, spec.top_k - len(ids))
-    weighed = score(x, list(experts)) if flags & FLAG_NATIVE_WEIGHTS else own
+    ids = forced or promoted[: spec.top_k]
+    for places in [inside, outside, demoted]:
+        left = [e for e in places if e not in promoted and (places is demoted or e not in demoted)]
+        ids = ids + best(left, spec.top_k - len(ids))
+    if flags & FLAG_NATIVE_WEIGHTS:
+        weighed = score(x, list(experts))
+    elif promoted or demoted:
+        top, low = max(biased[e] for e in allowed) + STEERING_MARGIN, min(biased[e] for e in allowed) - STEERING_MARGIN
+        weighed = score([finite(top if e in promoted else low if e in demoted else biased[e]) for e in experts], allowed)
+    else:
+        weighed = own
     weights = [weighed[e] for e in ids]
     missing = spec.top_k - len(ids)
     ids = list(ids) + [ids[0] if ids else 0] * missing
