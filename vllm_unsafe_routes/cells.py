@@ -164,9 +164,11 @@ def _with_forces(plan: RoutePlan, cells: Mapping[tuple[int, int], tuple[int, ...
     """A plan's string with forces at (layer, position) in the place of its own there, and at layers for all tokens."""
     made = RoutePlan(weights=plan.weights)
     for item in plan.directives:
+        if item.kind == "bias":
+            made.bias(item.layer, item.positions, dict(zip(item.experts, item.weights or (), strict=True)))
+            continue
         if item.kind != "force":
-            change = made.disable if item.kind == "disable" else made.allow
-            change(item.layer, item.positions, item.experts)
+            getattr(made, item.kind)(item.layer, item.positions, item.experts)
             continue
         if isinstance(item.positions, str):
             made.force(item.layer, item.positions, item.experts, item.weights)

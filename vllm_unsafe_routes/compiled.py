@@ -13,6 +13,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ NO_ROW = -1
 # For `CompiledPlan.num_bytes`: head and reference of a `bytes` object; two counts, and an entry of a dict of digests.
 _OBJECT_BYTES, _COLUMN_BYTES = 48, 160
 # The bits of a row's flags word, as `kernels/spec.py` defines them; a test compares the two.
-FLAG_FORCED, FLAG_EXPLICIT_WEIGHTS, FLAG_NATIVE_WEIGHTS = 1, 2, 4
+FLAG_FORCED, FLAG_EXPLICIT_WEIGHTS, FLAG_NATIVE_WEIGHTS, FLAG_SCORE_BIAS, FLAG_STEERED = 1, 2, 4, 8, 16
 
 
 def expert_bits(experts: Iterable[int]) -> int:
@@ -35,8 +36,34 @@ def expert_bits(experts: Iterable[int]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Soft:
+    """What a row wishes without excluding anything.
+
+    Attributes:
+        bias: (expert, what is added to its logit), by expert.
+        promoted: bits of the experts that come first.
+        demoted: bits of those that come last.
+
+    """
+
+    bias: tuple[tuple[int, float], ...] = ()
+    promoted: int = 0
+    demoted: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.bias or self.promoted or self.demoted)
+
+
+NOT_SOFT = Soft()
+
+
+@dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Byte layout of a row's content: flags, allowed-expert words, forced ids (all int32), forced weights (float32)."""
+    """Byte layout of a row's content.
+
+    Flags, allowed-expert words, forced ids (all int32), forced weights (float32); a row with a bias, promoted or demoted experts
+    goes on with the words of the promoted, those of the demoted (int32) and a value an expert (float32).
+    """
 
     num_experts: int
     top_k: int
@@ -48,18 +75,24 @@ class RowLayout:
 
     @property
     def num_ints(self) -> int:
-        """Length of a row in 4-byte units."""
+        """Length of the longest row in 4-byte units."""
         return sum(self.widths)
 
     @property
     def widths(self) -> list[int]:
-        """Of its four parts, in 4-byte units."""
-        return [1, self.num_words, self.top_k, self.top_k]
+        """Of its six parts, in 4-byte units."""
+        return [1, self.num_words, self.top_k, self.top_k, 2 * self.num_words, self.num_experts]
 
-    def mask_row(self, allowed: int, native: bool) -> bytes:
-        """A row that lets a token choose among the experts whose bits are set in `allowed`."""
+    def mask_row(self, allowed: int, native: bool, soft: Soft = NOT_SOFT) -> bytes:
+        """A row that lets a token choose among the experts whose bits are set in `allowed`, as `soft` wishes."""
         flags = FLAG_NATIVE_WEIGHTS if native else 0
-        return flags.to_bytes(4, "little") + allowed.to_bytes(4 * self.num_words, "little") + bytes(8 * self.top_k)
+        rest = b""
+        if soft:
+            flags |= (FLAG_SCORE_BIAS if soft.bias else 0) | (FLAG_STEERED if soft.promoted | soft.demoted else 0)
+            bias = np.zeros(self.num_experts, "<f4")
+            bias[[expert for expert, _ in soft.bias]] = [value for _, value in soft.bias]
+            rest = b"".join(bits.to_bytes(4 * self.num_words, "little") for bits in (soft.promoted, soft.demoted)) + bias.tobytes()
+        return flags.to_bytes(4, "little") + allowed.to_bytes(4 * self.num_words, "little") + bytes(8 * self.top_k) + rest
 
     def forced_row(self, experts: tuple[int, ...], weights: tuple[float, ...] | None, native: bool) -> bytes:
         """A row that gives a token exactly `experts`."""
@@ -75,12 +108,29 @@ class RowLayout:
         )
 
     def forced_rows(self, experts: npt.NDArray[np.int32], native: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-        """`forced_row` without weights for many, int32 [num_rows, num_ints], of experts [num_rows, top_k] and native [num_rows]."""
+        """`forced_row` without weights for many, int32 [num_rows, ints], of experts [num_rows, top_k] and native [num_rows]."""
         allowed = np.zeros((len(experts), self.num_words), np.uint32)
         for column in experts.T:
             allowed[np.arange(len(experts)), column // 32] |= np.uint32(1) << (column % 32).astype(np.uint32)
         flags = FLAG_FORCED | np.where(native, FLAG_NATIVE_WEIGHTS, 0).astype(np.int32)
         return np.concatenate([flags[:, None], allowed.view(np.int32), experts, np.zeros_like(experts)], 1, dtype=np.int32)
+
+    def table(self, contents: Sequence[bytes]) -> npt.NDArray[np.int32]:
+        """Rows as int32 [num_rows, longest of them], zeros behind the shorter ones."""
+        longest = max(map(len, contents), default=4 * sum(self.widths[:4]))
+        return np.frombuffer(b"".join(content.ljust(longest, b"\0") for content in contents), "<i4").reshape(-1, longest // 4)
+
+    def columns(self, table: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
+        """The parts of `table`, each contiguous: four, or six where a row has them all."""
+        at = 0
+        parts: list[npt.NDArray[Any]] = []
+        for part, width in enumerate(self.widths):
+            if at < table.shape[1]:
+                values = np.ascontiguousarray(table[:, at : at + width])
+                parts.append(values.view("<f4") if part in (3, 5) else values)
+            at += width
+        parts[0] = parts[0][:, 0]
+        return parts
 
     def read(self, row: bytes) -> tuple[int, int]:
         """Flags and allowed-expert bits of a row."""
@@ -110,8 +160,8 @@ class CompiledPlan:
     # Directives of each column, and of all columns before each.
     _counts: list[int] = field(init=False, repr=False)
     _cumulative: list[int] = field(init=False, repr=False)
-    # Rows that are not those of the plan that this one was copied from.
-    _num_own: int = field(init=False, repr=False)
+    # Bytes of the rows that are not those of the plan that this one was copied from.
+    _own_bytes: int = field(init=False, repr=False)
     # Column -> digest of what it does, made when it is first asked for.
     _digests: dict[int, bytes] = field(init=False, repr=False, default_factory=dict)
 
@@ -119,14 +169,13 @@ class CompiledPlan:
         self.block.setflags(write=False)
         counts = (self.block != NO_ROW).sum(axis=0)
         object.__setattr__(self, "_counts", counts.tolist())
-        object.__setattr__(self, "_num_own", len(self.rows))
+        object.__setattr__(self, "_own_bytes", sum(map(len, self.rows)) + _OBJECT_BYTES * len(self.rows))
         object.__setattr__(self, "_cumulative", [0, *np.cumsum(counts[:-2]).tolist()])
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes or will take, roughly; digests of columns are made one by one."""
-        own = self._num_own * (len(self.rows[0]) + _OBJECT_BYTES) if self.rows else 0
-        return self.block.nbytes + int(self.block.shape[1]) * _COLUMN_BYTES + 8 * len(self.rows) + own
+        return self.block.nbytes + int(self.block.shape[1]) * _COLUMN_BYTES + 8 * len(self.rows) + self._own_bytes
 
     def check_prompt(self, token_ids: Sequence[int] | None) -> None:
         """Raise `RouteError` if the plan is bound to another prompt than these ids (None: embeddings)."""
@@ -186,7 +235,7 @@ class CompiledPlan:
             rows.append(content)
         changed = {position for _, position, _ in cells}
         made = CompiledPlan(digest, tuple(rows), block, self.native, self.prompt)
-        object.__setattr__(made, "_num_own", len(cells))
+        object.__setattr__(made, "_own_bytes", sum(len(content) + _OBJECT_BYTES for _, _, content in cells))
         if needed <= listed:
             for column in range(listed + 2):
                 if column not in changed:

@@ -9,7 +9,6 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout, expert_bits
 from .directive import Directive
 from .errors import RouteError
+from .layer_rules import Gathered, LayerRules
 from .plan import RoutePlan
 from .policy import RoutePolicy
 from .shape import ModelShape
@@ -57,14 +57,6 @@ class _Memory:
         return compiled
 
 
-@dataclass(slots=True)
-class _Cell:
-    """What holds for one (layer, position) while directives are being gathered."""
-
-    allowed: int
-    force: Directive | None = None
-
-
 class PlanCompiler:
     """Checks plans against one model and policy and turns them into rows.
 
@@ -87,9 +79,13 @@ class PlanCompiler:
         self.max_cells = max_cells
         self.layout = RowLayout(shape.num_experts, shape.top_k)
         self._all = (1 << shape.num_experts) - 1
-        entries = policy.layers if policy else {}
-        self._banned = [expert_bits(entries[layer].disabled) if layer in entries else 0 for layer in shape.moe_layers]
-        self._protected = [expert_bits(entries[layer].protected) if layer in entries else 0 for layer in shape.moe_layers]
+        entries = [policy.layers.get(layer) if policy else None for layer in shape.moe_layers]
+        self._rules = [
+            LayerRules(self.layout, 0, 0)
+            if entry is None
+            else LayerRules(self.layout, expert_bits(entry.disabled), expert_bits(entry.protected))
+            for entry in entries
+        ]
         self._memory = _Memory()
         # An engine core compiles in its input thread and looks results up in its main thread.
         self._lock = threading.RLock()
@@ -97,7 +93,7 @@ class PlanCompiler:
     def policy_rows(self) -> list[bytes | None]:
         """Per MoE layer the row of a token without a directive; None where the policy bans nothing."""
         native = self.policy is not None and self.policy.weights == "native"
-        return [self.layout.mask_row(self._all & ~banned, native) if banned else None for banned in self._banned]
+        return [rules.policy_row(native) for rules in self._rules]
 
     def compile_text(self, text: str | None, delta: tuple[int, ...] = ()) -> CompiledPlan:
         """Compile a plan's string and a delta (see `extras.py`); the most recent results are remembered.
@@ -132,17 +128,17 @@ class PlanCompiler:
                 raise RouteError(f"{_where(item)}: an expert is repeated in {list(experts)}")
             slot = shape.slot_of_layer[layer]
             held = base.block[slot, base.column(position, position + 1)]
-            cell = _Cell(self._all, item)
+            cell = Gathered(self._all, item)
             if held != NO_ROW:
                 flags, allowed = self.layout.read(base.rows[held])
                 if flags & FLAG_FORCED:
                     raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
                 # The plan's mask already went through the policy; what the policy bans is told apart for the message.
-                cell.allowed = allowed | self._banned[slot]
+                cell.allowed = allowed | self._rules[slot].banned
             if (layer, position) in seen:
                 raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
             seen.add((layer, position))
-            content = self._row(slot, position, cell, base.native)
+            content = self._rules[slot].row(_place(layer, position), cell, base.native)
             assert content is not None
             cells.append((slot, position, content))
         digest = hashlib.sha256((base.digest + repr(delta)).encode()).hexdigest()[:32]
@@ -200,70 +196,32 @@ class PlanCompiler:
         row_of: dict[bytes, int] = {}
         block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
         for slot, (spans, listed) in by_slot.items():
-            prompt, generated = _Cell(self._all), _Cell(self._all)
+            layer = shape.moe_layers[slot]
+            prompt, generated = Gathered(self._all), Gathered(self._all)
             for item in spans:
                 if item.positions in ("prompt", "all"):
-                    self._apply(item, prompt, "prompt")
+                    prompt.add(item, _place(layer, "prompt"))
                 if item.positions in ("generated", "all"):
-                    self._apply(item, generated, "generated")
-            cells: dict[int, _Cell] = {}
+                    generated.add(item, _place(layer, "generated"))
+            cells: dict[int, Gathered] = {}
             for item in listed:
                 for position in cast(tuple[int, ...], item.positions):
-                    span = prompt if position < end_of_prompt else generated
-                    self._apply(item, cells.setdefault(position, _Cell(span.allowed, span.force)), position)
-            columns: list[tuple[int, object, _Cell]] = [
+                    if position not in cells:
+                        cells[position] = (prompt if position < end_of_prompt else generated).copy()
+                    cells[position].add(item, _place(layer, position))
+            columns: list[tuple[int, object, Gathered]] = [
                 (num_listed, "prompt", prompt),
                 (num_listed + 1, "generated", generated),
             ]
             columns += [(position, position, cell) for position, cell in cells.items()]
             for column, where, cell in columns:
-                content = self._row(slot, where, cell, native)
+                content = self._rules[slot].row(_place(layer, where), cell, native)
                 if content is not None:
                     block[slot, column] = row_of.setdefault(content, len(row_of))
             untouched = np.setdiff1d(np.arange(num_listed), list(cells))
             block[slot, untouched] = block[slot, num_listed + (untouched >= end_of_prompt)]
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
-
-    def _apply(self, item: Directive, cell: _Cell, where: object) -> None:
-        bits = expert_bits(item.experts)
-        if item.kind == "disable":
-            cell.allowed &= ~bits
-        elif item.kind == "allow":
-            cell.allowed &= bits
-        elif cell.force is not None:
-            raise RouteError(f"layer {item.layer}, {_name(where)}: two forces for one (layer, position)")
-        else:
-            cell.force = item
-
-    def _row(self, slot: int, where: object, cell: _Cell, native: bool) -> bytes | None:
-        """The row of a cell under the policy, None where the plan wants nothing there."""
-        if cell.force is None and cell.allowed == self._all:
-            return None
-        place = f"layer {self.shape.moe_layers[slot]}, {_name(where)}"
-        banned, protected, top_k = self._banned[slot], self._protected[slot], self.shape.top_k
-        chosen = cell.allowed if cell.force is None else expert_bits(cell.force.experts)
-        if cell.force is not None:
-            if chosen & ~cell.allowed:
-                raise RouteError(f"{place}: expert {_lowest(chosen & ~cell.allowed)} is forced and disabled by the same plan")
-            if chosen & banned:
-                raise RouteError(
-                    f"{place}: expert {_lowest(chosen & banned)} is disabled by the engine's policy and cannot be forced",
-                    "policy",
-                )
-        if protected & ~chosen:
-            raise RouteError(
-                f"{place}: expert {_lowest(protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
-                "policy",
-            )
-        if cell.force is not None:
-            return self.layout.forced_row(cell.force.experts, cell.force.weights, native)
-        left = cell.allowed & ~banned
-        if left.bit_count() < top_k:
-            # Enough for a plan alone: then it is the policy that takes the rest away.
-            reason = "policy" if cell.allowed.bit_count() >= top_k else "invalid"
-            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
-        return self.layout.mask_row(left, native)
 
 
 def _check_directive(item: Directive, shape: ModelShape) -> None:
@@ -278,12 +236,8 @@ def _check_directive(item: Directive, shape: ModelShape) -> None:
         raise RouteError(f"{_where(item)}: {len(item.experts)} forced experts, exactly top_k {shape.top_k} are needed")
 
 
-def _lowest(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
-
-
-def _name(where: object) -> str:
-    return f"position {where}" if isinstance(where, int) else f"positions {where!r}"
+def _place(layer: int, where: object) -> str:
+    return f"layer {layer}, " + (f"position {where}" if isinstance(where, int) else f"positions {where!r}")
 
 
 def _where(item: Directive) -> str:

@@ -13,12 +13,14 @@ import numpy as np
 
 from .errors import RouteError
 
-Kind = Literal["disable", "allow", "force"]
-KINDS: tuple[Kind, ...] = ("disable", "allow", "force")
+Kind = Literal["disable", "allow", "force", "bias", "promote", "demote"]
+HARD_KINDS: tuple[Kind, ...] = ("disable", "allow", "force")
+# The order is that of the wire format.
+KINDS: tuple[Kind, ...] = (*HARD_KINDS, "bias", "promote", "demote")
 SPANS = ("prompt", "generated", "all")
 # Layers, positions and expert ids are smaller: they travel as int32.
 LIMIT = 1 << 31
-_MAX_WEIGHT = float(np.finfo(np.float32).max)
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,12 @@ class Directive:
     """One wish: at this layer, for these positions, these experts.
 
     Attributes:
-        kind: `disable`, `allow` or `force`.
+        kind: `disable`, `allow`, `force`, `bias`, `promote` or `demote`.
         layer: 0-based decoder layer index.
         positions: 0-based prompt positions, or one of `prompt`, `generated`, `all`.
-        experts: distinct expert ids; for `force` in the order of `weights`.
-        weights: for `force` only, the final routing weights of `experts`; None: by the plan's weight mode.
+        experts: distinct expert ids; for `force` and `bias` in the order of `weights`.
+        weights: for `force`, the final routing weights of `experts`, None: by the plan's weight mode; for `bias`, what is added to
+            their logits.
 
     """
 
@@ -75,10 +78,12 @@ class Directive:
         if len(set(experts)) != len(experts):
             repeated = next(expert for expert in experts if experts.count(expert) > 1)
             raise RouteError(f"{where}: expert {repeated} is repeated")
-        if weights is not None:
+        if kind == "bias":
+            weights = _numbers(weights, len(experts), where, "values")
+        elif weights is not None:
             if kind != "force":
                 raise RouteError(f"{where}: weights are for force only")
-            weights = _weights(weights, len(experts), where)
+            weights = _numbers(weights, len(experts), where, "weights")
         return cls(kind, layer, positions, experts, weights)
 
 
@@ -102,13 +107,13 @@ def _integer(value: Any, what: str) -> int:
     return int(value)
 
 
-def _weights(values: Any, num_experts: int, where: str) -> tuple[float, ...]:
+def _numbers(values: Any, num_experts: int, where: str, name: str) -> tuple[float, ...]:
     try:
-        weights = tuple(float(value) for value in values)
+        numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
-        raise RouteError(f"{where}: weights must be a list of numbers, got {str(values)[:80]}") from None
-    if len(weights) != num_experts:
-        raise RouteError(f"{where}: {len(weights)} weights for {num_experts} experts")
-    if not all(abs(weight) <= _MAX_WEIGHT for weight in weights):
-        raise RouteError(f"{where}: weights must be finite float32 numbers, got {list(weights)}")
-    return weights
+        raise RouteError(f"{where}: {name} must be a list of numbers, got {str(values)[:80]}") from None
+    if len(numbers) != num_experts:
+        raise RouteError(f"{where}: {len(numbers)} {name} for {num_experts} experts")
+    if not all(abs(number) <= _MAX_FLOAT for number in numbers):
+        raise RouteError(f"{where}: {name} must be finite float32 numbers, got {list(numbers)}")
+    return numbers

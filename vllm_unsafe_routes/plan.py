@@ -100,15 +100,21 @@ class RoutePlan:
         """All other experts are disabled."""
         return self._add("allow", layer, positions, experts)
 
-    def force(
-        self,
-        layer: int,
-        positions: Positions,
-        experts: Sequence[int],
-        weights: Sequence[float] | None = None,
-    ) -> RoutePlan:
+    def force(self, layer: int, positions: Positions, experts: Sequence[int], weights: Sequence[float] | None = None) -> RoutePlan:
         """Exactly these experts (as many as the model's top_k) are selected; with `weights`, with just these weights."""
         return self._add("force", layer, positions, experts, weights)
+
+    def bias(self, layer: int, positions: Positions, values: Mapping[int, float]) -> RoutePlan:
+        """These values are added to the experts' logits before they are scored; `native` weights do not feel it."""
+        return self._add("bias", layer, positions, *wire.read_bias(values, f"directive {len(self._directives)}"))
+
+    def promote(self, layer: int, positions: Positions, experts: Sequence[int]) -> RoutePlan:
+        """These experts, fewer than the model's top_k, are selected; the rest compete by score for what is left."""
+        return self._add("promote", layer, positions, experts)
+
+    def demote(self, layer: int, positions: Positions, experts: Sequence[int]) -> RoutePlan:
+        """These experts are selected only if nothing else is left."""
+        return self._add("demote", layer, positions, experts)
 
     def _add(self, kind: Kind, layer: Any, positions: Any, experts: Any, weights: Any = None) -> RoutePlan:
         where = f"directive {len(self._directives)}"
@@ -183,16 +189,16 @@ class RoutePlan:
         return self._digest
 
     def to_string(self) -> str:
-        """One ASCII string, compact; travels as `route_plan`. See `wire.py`."""
+        """One compact ASCII string (`wire.py`)."""
         if self._string is None:
-            self._string = wire.pack(self._payload())
+            self._string = wire.pack(self._payload(), self._directives)
         return self._string
 
     def _payload(self) -> bytes:
         return wire.to_payload(self._weights, self._model, self._prompt, self._directives)
 
     def to_json(self) -> str:
-        """The readable form, versioned `route-plan/1`."""
+        """The readable form, versioned `route-plan/2`, or `/1` where that says it."""
         return wire.to_json(self._weights, self._model, self._prompt, self._directives)
 
     @classmethod
@@ -215,10 +221,7 @@ class RoutePlan:
 
     def extra_args(self, return_routes: bool = False) -> dict[str, Any]:
         """What `SamplingParams(extra_args=...)` takes."""
-        args: dict[str, Any] = {wire.PLAN_KEY: self.to_string()}
-        if return_routes:
-            args[wire.RETURN_ROUTES_KEY] = True
-        return args
+        return {wire.PLAN_KEY: self.to_string()} | ({wire.RETURN_ROUTES_KEY: True} if return_routes else {})
 
     def __len__(self) -> int:
         return len(self._directives)
@@ -226,8 +229,7 @@ class RoutePlan:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutePlan) and self.digest == other.digest
 
-    # What grows must not be a key.
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # what grows must not be a key
 
     def __repr__(self) -> str:
         return f"RoutePlan({len(self)} directives, weights={self.weights!r}, digest={self.digest})"

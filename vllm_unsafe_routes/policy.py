@@ -96,7 +96,7 @@ class RoutePolicy:
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> RoutePolicy:
         """Read the `route-policy/1` form; unknown keys and versions are refused."""
-        document = read_document(text, "policy", POLICY_VERSION, {"version", "weights", "model", "layers", "provenance"})
+        document = read_document(text, "policy", [POLICY_VERSION], {"version", "weights", "model", "layers", "provenance"})
         entries, provenance = document.get("layers"), document.get("provenance", {})
         if not isinstance(entries, Mapping):
             raise RouteError(f"policy layers must be an object of layer -> entry, got {entries!r}")

@@ -1,10 +1,13 @@
-"""The forms in which a plan travels: readable JSON (`route-plan/1`), and one compact ASCII string.
+"""The forms in which a plan travels: readable JSON (`route-plan/2`), and one compact ASCII string.
 
-The string is `rp1:` and the base64 of a zlib-compressed payload: a JSON head with the weight mode, the model and the number of
+The string is `rp2:` and the base64 of a zlib-compressed payload: a JSON head with the weight mode, the model and the number of
 directives (and the prompt, where the plan is bound to one), a newline, then flat little-endian arrays one after another. Per
 directive: kind (uint8), whether it has weights (uint8), layer (int32), number of positions (int32; -1, -2, -3: prompt, generated,
-all), number of experts (int32). Then all positions, all experts (int32) and all weights (float32). The payload is the plan's
-content; its digest is taken over it.
+all), number of experts (int32). Then all positions, all experts (int32) and all weights (float32; a bias has its values there). The
+payload is the plan's content; its digest is taken over it.
+
+Version 2 brought `bias`, `promote` and `demote`. A plan without them is written as version 1 (`route-plan/1`, `rp1:`), so that it
+reads everywhere and its string and digest are what they were.
 
 This module imports neither torch nor vLLM.
 """
@@ -15,20 +18,21 @@ import base64
 import binascii
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from .binding import PromptBinding
-from .directive import KINDS, SPANS, Directive
+from .directive import HARD_KINDS, KINDS, SPANS, Directive, Kind
 from .errors import RouteError
 
-PLAN_VERSION = "route-plan/1"
+# Version -> the kinds of directives that it knows.
+PLAN_VERSIONS: Mapping[str, tuple[Kind, ...]] = {"route-plan/1": HARD_KINDS, "route-plan/2": KINDS}
 PLAN_KEY = "route_plan"
 RETURN_ROUTES_KEY = "return_routes"
-WIRE_PREFIX = "rp1:"
+WIRE_PREFIXES: Mapping[str, tuple[Kind, ...]] = {"rp1:": HARD_KINDS, "rp2:": KINDS}
 # A plan that is larger, as JSON or unpacked, is refused before it is read: a small string must not fill the memory.
 MAX_WIRE_BYTES = 64 << 20
 
@@ -38,16 +42,25 @@ Entry = tuple[str, Any, Any, Any, Any, Any]
 Content = tuple[Any, Any, Any, Iterator[Entry]]
 
 
+def _version(versions: Mapping[str, tuple[Kind, ...]], directives: Sequence[Directive]) -> str:
+    """The first version that knows all of these."""
+    kinds = {item.kind for item in directives}
+    return next(name for name, known in versions.items() if kinds <= set(known))
+
+
 def to_json(weights: str, model: str | None, prompt: PromptBinding | None, directives: Sequence[Directive]) -> str:
     """The readable form."""
     entries = []
     for item in directives:
         positions = item.positions if isinstance(item.positions, str) else list(item.positions)
         entry: dict[str, Any] = {"layer": item.layer, "positions": positions, item.kind: list(item.experts)}
-        if item.weights is not None:
+        if item.kind == "bias":
+            entry["bias"] = dict(zip(map(str, item.experts), item.weights or (), strict=True))
+        elif item.weights is not None:
             entry["weights"] = list(item.weights)
         entries.append(entry)
-    document: dict[str, Any] = {"version": PLAN_VERSION, "weights": weights, "directives": entries}
+    version = _version(PLAN_VERSIONS, directives)
+    document: dict[str, Any] = {"version": version, "weights": weights, "directives": entries}
     if model is not None:
         document["model"] = model
     if prompt is not None:
@@ -59,26 +72,46 @@ def read_json(text: str | bytes | Mapping[str, Any]) -> Content:
     """Read what `to_json` wrote. Raises `RouteError` for unknown keys or versions and for what is missing."""
     if not isinstance(text, Mapping) and len(text) > MAX_WIRE_BYTES:
         raise RouteError(f"the plan is larger than {MAX_WIRE_BYTES} bytes")
-    document = read_document(text, "plan", PLAN_VERSION, {"version", "weights", "directives", "model", "prompt"})
+    document = read_document(text, "plan", PLAN_VERSIONS, {"version", "weights", "directives", "model", "prompt"})
     directives = document.get("directives", [])
     if not isinstance(directives, list):
         raise RouteError(f"directives must be a list, got {type(directives).__name__}")
-    return document.get("weights", "masked"), document.get("model"), document.get("prompt"), _json_entries(directives)
+    entries = _json_entries(directives, PLAN_VERSIONS[document["version"]])
+    return document.get("weights", "masked"), document.get("model"), document.get("prompt"), entries
 
 
-def _json_entries(directives: list[Any]) -> Iterator[Entry]:
+def _json_entries(directives: list[Any], known: Sequence[Kind]) -> Iterator[Entry]:
     for at, entry in enumerate(directives):
         where = f"directive {at}"
         if not isinstance(entry, Mapping):
             raise RouteError(f"{where} must be an object, got {entry!r}")
-        reject_unknown_keys(entry, {"layer", "positions", "weights", *KINDS}, where)
-        kinds = [kind for kind in KINDS if kind in entry]
+        reject_unknown_keys(entry, {"layer", "positions", "weights", *known}, where)
+        kinds = [kind for kind in known if kind in entry]
         if len(kinds) != 1:
-            raise RouteError(f"{where} needs exactly one of {', '.join(KINDS)}, has {kinds or 'none'}")
+            raise RouteError(f"{where} needs exactly one of {', '.join(known)}, has {kinds or 'none'}")
         for key in ("layer", "positions"):
             if key not in entry:
                 raise RouteError(f"{where} lacks {key!r}")
-        yield where, kinds[0], entry["layer"], entry["positions"], entry[kinds[0]], entry.get("weights")
+        experts, weights = entry[kinds[0]], entry.get("weights")
+        if kinds[0] == "bias":
+            if weights is not None:
+                raise RouteError(f"{where}: weights are for force only")
+            experts, weights = read_bias(experts, where)
+        yield where, kinds[0], entry["layer"], entry["positions"], experts, weights
+
+
+def read_bias(values: Any, where: str) -> tuple[list[Any], list[Any]]:
+    """Experts and values of a bias, `{expert: value}`; JSON has its keys as strings. Raises `RouteError` for anything else."""
+    if not isinstance(values, Mapping):
+        raise RouteError(f"{where}: bias must be an object of expert -> value, got {str(values)[:80]}")
+    experts: list[Any] = []
+    for key in values:
+        if isinstance(key, str):
+            if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+                raise RouteError(f"{where}: bias has {key[:80]!r}, which is not an expert")
+            key = int(key)
+        experts.append(key)
+    return experts, list(values.values())
 
 
 def to_payload(weights: str, model: str | None, prompt: PromptBinding | None, directives: Sequence[Directive]) -> bytes:
@@ -102,9 +135,9 @@ def to_payload(weights: str, model: str | None, prompt: PromptBinding | None, di
     return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
 
 
-def pack(payload: bytes) -> str:
-    """The string of a payload."""
-    return WIRE_PREFIX + base64.b64encode(zlib.compress(payload, 1)).decode("ascii")
+def pack(payload: bytes, directives: Sequence[Directive]) -> str:
+    """The string of a payload with these directives."""
+    return _version(WIRE_PREFIXES, directives) + base64.b64encode(zlib.compress(payload, 1)).decode("ascii")
 
 
 def read_string(text: str) -> Content:
@@ -113,11 +146,12 @@ def read_string(text: str) -> Content:
         raise RouteError(f"{PLAN_KEY} must be a string, got {type(text).__name__}")
     if text.lstrip().startswith("{"):
         return read_json(text)
-    if not text.startswith(WIRE_PREFIX):
-        raise RouteError(f"{PLAN_KEY} starts with {text[:8]!r}, expected {WIRE_PREFIX!r} or a JSON object")
+    prefix = text[:4]
+    if prefix not in WIRE_PREFIXES:
+        raise RouteError(f"{PLAN_KEY} starts with {text[:8]!r}, expected {' or '.join(map(repr, WIRE_PREFIXES))} or a JSON object")
     try:
         inflate = zlib.decompressobj()
-        payload = inflate.decompress(base64.b64decode(text[len(WIRE_PREFIX) :], validate=True), MAX_WIRE_BYTES)
+        payload = inflate.decompress(base64.b64decode(text[len(prefix) :], validate=True), MAX_WIRE_BYTES)
         if not inflate.eof:
             raise RouteError(f"{PLAN_KEY} is cut off or larger than {MAX_WIRE_BYTES} bytes")
         head_bytes, newline, body = payload.partition(b"\n")
@@ -129,10 +163,10 @@ def read_string(text: str) -> Content:
         raise RouteError(f"{PLAN_KEY} is damaged: {error}") from None
     if not newline or set(head) - {"prompt"} != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
         raise RouteError(f"{PLAN_KEY} has an unknown head: {head}")
-    return head["weights"], head["model"], head.get("prompt"), _packed_entries(body, num)
+    return head["weights"], head["model"], head.get("prompt"), _packed_entries(body, num, WIRE_PREFIXES[prefix])
 
 
-def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:
+def _packed_entries(body: bytes, num: int, known: Sequence[Kind]) -> Iterator[Entry]:
     at = 0
 
     def take(dtype: str, count: int) -> list[Any]:
@@ -147,7 +181,7 @@ def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:
     kinds, weighted = take("u1", num), take("u1", num)
     layers, counts, expert_counts = take("<i4", num), take("<i4", num), take("<i4", num)
     if (
-        any(kind >= len(KINDS) for kind in kinds)
+        any(kind >= len(known) for kind in kinds)
         or any(count < -len(SPANS) for count in counts)
         or min(expert_counts, default=0) < 0
     ):
@@ -161,7 +195,7 @@ def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:
     for number, (kind, has_weights, layer, count, num_experts) in enumerate(rows):
         yield (
             f"directive {number}",
-            KINDS[kind],
+            known[kind],
             layer,
             SPANS[-1 - count] if count < 0 else tuple(islice(positions, count)),
             tuple(islice(experts, num_experts)),
@@ -169,8 +203,10 @@ def _packed_entries(body: bytes, num: int) -> Iterator[Entry]:
         )
 
 
-def read_document(text: str | bytes | Mapping[str, Any], what: str, version: str, known: set[str]) -> Mapping[str, Any]:
-    """A versioned JSON object. Raises `RouteError` where it is none, of another version, or has keys that are not `known`."""
+def read_document(
+    text: str | bytes | Mapping[str, Any], what: str, versions: Collection[str], known: set[str]
+) -> Mapping[str, Any]:
+    """A JSON object of one of these versions. Raises `RouteError` where it is none, or has keys that are not `known`."""
     document: Any = text
     if not isinstance(text, Mapping):
         try:
@@ -179,8 +215,9 @@ def read_document(text: str | bytes | Mapping[str, Any], what: str, version: str
             raise RouteError(f"the {what} is not JSON: {error}") from None
     if not isinstance(document, Mapping):
         raise RouteError(f"the {what} must be a JSON object, got {type(document).__name__}")
-    if document.get("version") != version:
-        raise RouteError(f"{what} version {document.get('version')!r} is not {version!r}")
+    version = document.get("version")
+    if not isinstance(version, str) or version not in versions:
+        raise RouteError(f"{what} version {version!r} is not {' or '.join(map(repr, versions))}")
     reject_unknown_keys(document, known, what)
     return document
 

@@ -113,7 +113,7 @@ def forced_with(weight):
     ("name", "content", "message"),
     [
         ("--plan", None, "plan file .* cannot be read"),
-        ("--plan", b"zorblax", "expected 'rp1:' or a JSON object"),
+        ("--plan", b"zorblax", "expected 'rp1:' or 'rp2:' or a JSON object"),
         ("--plan", b"\xff\xfe", "plan file .* cannot be read"),
         (
             "--plan",
@@ -227,17 +227,22 @@ def test_the_compiler_and_the_kernels_agree_on_a_row():
     import torch
     from vllm_unsafe_routes.kernels import spec
 
-    for name in ("FLAG_FORCED", "FLAG_EXPLICIT_WEIGHTS", "FLAG_NATIVE_WEIGHTS"):
+    for name in ("FLAG_FORCED", "FLAG_EXPLICIT_WEIGHTS", "FLAG_NATIVE_WEIGHTS", "FLAG_SCORE_BIAS", "FLAG_STEERED"):
         assert getattr(compiled, name) == getattr(spec, name)
     assert compiled.NO_ROW == spec.NO_DIRECTIVE
     layout = compiled.RowLayout(num_experts=70, top_k=2)
     allowed = {0, 31, 32, 63, 64, 69}  # both ends of every word; bit 31 is an int32's sign
-    row = np.frombuffer(layout.mask_row(sum(1 << expert for expert in allowed), native=True), "<i4")
-    assert len(row) == layout.num_ints
+    bits = compiled.expert_bits(allowed)
+    row = np.frombuffer(layout.mask_row(bits, native=True), "<i4")
+    assert len(row) == sum(layout.widths[:4])
+    soft = layout.columns(layout.table([layout.mask_row(bits, True, compiled.Soft(((69, 1.5),), bits, bits - 1)), bytes(row)]))
+    assert [part.shape[1:] for part in soft] == [(), (3,), (2,), (2,), (6,), (70,)] and layout.num_ints == 84
     mask = torch.zeros(70, dtype=torch.bool)
     mask[sorted(allowed)] = True
     assert row[1 : 1 + layout.num_words].tolist() == spec.pack_allowed(mask).tolist()
     assert row[0] == spec.FLAG_NATIVE_WEIGHTS
+    assert soft[4][0].tolist() == spec.pack_allowed(torch.stack([mask, mask & (torch.arange(70) != 0)])).flatten().tolist()
+    assert soft[5][0].tolist() == [*[0.0] * 69, 1.5] and not soft[4][1].any()
 
 
 @pytest.mark.parametrize(("command", "option"), [("derive-policy", "--policy"), ("evaluate", "--server")])

@@ -41,6 +41,7 @@ def test_overrides_enabled_but_unused(job, stock, tmp_path):
 def test_plan_less_requests_beside_planned_ones(job, stock, tmp_path):
     """Half of the requests get a plan that moves no token to another expert set size: the others must not notice."""
     plan = RoutePlan().disable(1, "all", [0, 1, 2]).force(2, [1, 3], [4, 5, 6, 7])
+    plan.bias(0, "all", {2: 3.0, 5: -3.0}).promote(2, "generated", [9]).demote(0, "prompt", [1, 2])
     extras = [plan.extra_args() if at % 2 else None for at in range(len(job["prompts"]))]
     mixed = run_batch({**job, "routes": {"allow_overrides": True}, "extras": extras}, tmp_path)
     assert mixed[0::2] == stock[0::2]

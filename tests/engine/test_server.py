@@ -117,13 +117,13 @@ BAD = {
     "excludes a protected one": (RoutePlan().disable(1, "all", [5]), "expert 5 is protected by the engine's policy"),
     "too many routes": (many_routes(39), "39 distinct routes, more than the 38 that the route table holds"),
     "unknown key": ('{"version": "route-plan/1", "directives": [], "speed": 3}', "plan has unknown keys speed"),
-    "unknown version": ('{"version": "route-plan/9"}', "plan version 'route-plan/9' is not 'route-plan/1'"),
+    "unknown version": ('{"version": "route-plan/9"}', "plan version 'route-plan/9' is not 'route-plan/1' or 'route-plan/2'"),
     "repeated expert": (
         '{"version": "route-plan/1", "directives": [{"layer": 0, "positions": "all", "disable": [1, 1]}]}',
         "expert 1 is repeated",
     ),
     "damaged": (RoutePlan().disable(0, "all", [1]).to_string()[:-9], "damaged"),
-    "not a plan": ("zorblax", "expected 'rp1:' or a JSON object"),
+    "not a plan": ("zorblax", "expected 'rp1:' or 'rp2:' or a JSON object"),
     "not a string": (7, "route_plan must be a string"),
 }
 

@@ -237,7 +237,7 @@ BAD = {
     ),
     "delta at no layer": ('{"route_delta": [9, 0, 1, 2, 3, 4]}', "layer 9 has no experts; MoE layers are 0-3", "route_delta"),
     "truth": ('{"return_routes": 1e999}', "return_routes must be true or false, got inf", "return_routes"),
-    "plan": ('{"route_plan": "{\\"version\\": 1e999}"}', "plan version inf is not 'route-plan/1'", "route_plan"),
+    "plan": ('{"route_plan": "{\\"version\\": 1e999}"}', "plan version inf is not 'route-plan/1' or 'route-plan/2'", "route_plan"),
 }
 
 

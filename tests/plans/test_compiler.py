@@ -38,6 +38,13 @@ POLICY = RoutePolicy({1: LayerPolicy(disabled=frozenset({7}), protected=frozense
             "expert 2 is forced and disabled by the same plan",
         ),
         (RoutePlan(model="feedfacefeedface").disable(2, "all", [1]), "the plan is for model feedfacefeedface"),
+        (RoutePlan().bias(2, [17], {64: 1.0}), r"layer 2, position 17: expert 64 is out of range for 64 experts \(0-63\)"),
+        (
+            RoutePlan().promote(2, "all", [1, 2]).promote(2, [9], [3, 4]),
+            "layer 2, position 9: 4 promoted experts, fewer than top_k 4 can be; use force",
+        ),
+        (RoutePlan().promote(2, "all", [5]).demote(2, [9], [5]), "position 9: expert 5 is promoted and demoted by the same plan"),
+        (RoutePlan().promote(2, [9], [5]).disable(2, "all", [5]), "position 9: expert 5 is promoted and disabled by the same plan"),
     ],
     ids=lambda value: "" if isinstance(value, RoutePlan) else value[:40],
 )
@@ -54,6 +61,17 @@ def test_refusals(plan, message):
         (RoutePlan().disable(1, "all", [3]), "expert 3 is protected by the engine's policy and cannot be excluded"),
         (RoutePlan().allow(1, "all", [4, 5, 6, 8]), "expert 3 is protected"),
         (RoutePlan().disable(4, "all", [60, 61]), "layer 4, positions 'prompt': 3 experts left, top_k 4"),
+        (
+            RoutePlan().promote(1, [0], [7]),
+            "layer 1, position 0: expert 7 is disabled by the engine's policy and cannot be promoted",
+        ),
+        (
+            RoutePlan().demote(1, [0], [3]),
+            "layer 1, position 0: expert 3 is protected by the engine's policy and cannot be demoted",
+        ),
+        (RoutePlan().bias(1, [0], {3: -0.5}), "expert 3 is protected by the engine's policy and cannot be demoted"),
+        (RoutePlan().bias(1, [0], {5: 0.5}), "expert 3 is protected .* and expert 5 cannot be raised above it"),
+        (RoutePlan().promote(1, [0], [5]), "expert 3 is protected .* and expert 5 cannot be raised above it"),
     ],
 )
 def test_a_plan_cannot_lift_the_policy(plan, message):
@@ -74,6 +92,53 @@ def test_a_plan_cannot_lift_the_policy(plan, message):
 def test_a_policy_that_does_not_fit_is_refused(policy, message):
     with pytest.raises(RouteError, match=message):
         PlanCompiler(SHAPE, policy)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        RoutePlan().demote(1, "all", [5, 7]).bias(1, [0], {6: -1.0, 7: 2.0 - 3.0}),
+        RoutePlan().promote(1, "all", [3]).bias(1, [0], {3: 1.0}),
+        RoutePlan().bias(1, "all", {3: 0.0}),
+    ],
+    ids=["lowers others", "raises the protected one", "nothing"],
+)
+def test_a_soft_plan_that_the_policy_permits(plan):
+    assert PlanCompiler(SHAPE, POLICY).compile(plan).digest == plan.digest
+
+
+def test_soft_rows():
+    """Biases add up, what excludes nothing else is kept beside a mask, and a force decides alone."""
+    plan = (
+        RoutePlan()
+        .bias(1, "all", {5: 0.5, 63: -2.0})
+        .bias(1, [0], {5: -0.5, 6: 1.5, 9: 4.0})
+        .disable(1, [0], [9])
+        .promote(1, [1], [40])
+        .demote(1, [1], [2])
+        .force(1, [2], [1, 2, 3, 4])
+        .bias(2, "all", {1: 0.0})
+    )
+    compiled = PlanCompiler(SHAPE).compile(plan)
+    assert (compiled.block[1] == NO_ROW).all()
+    layout = RowLayout(64, 4)
+    flags, allowed, _, _, steered, bias = layout.columns(layout.table([compiled.rows[row] for row in compiled.block[0]]))
+    assert flags.tolist() == [8, 24, 1, 8, 8]
+    everything = 0xFFFFFFFF
+    assert allowed.view("<u4").tolist()[:2] == [[everything & ~(1 << 9), everything], [everything, everything]]
+    assert steered.tolist()[1] == [0, 1 << 8, 1 << 2, 0] and not steered[[0, 2, 3]].any()
+    expected = np.zeros((5, 64), np.float32)
+    expected[0, [6, 63]], expected[[1, 3, 4], 5], expected[[1, 3, 4], 63] = [1.5, -2.0], 0.5, -2.0
+    assert bias.tolist() == expected.tolist()
+    forced = PlanCompiler(SHAPE).compile(RoutePlan().force(1, [2], [1, 2, 3, 4]))
+    assert compiled.rows[compiled.block[0, 2]] == forced.rows[0]
+
+
+def test_a_delta_forces_over_soft_directives():
+    base = RoutePlan().promote(1, "all", [40]).bias(2, "all", {1: 1.0}).to_string()
+    compiled = PlanCompiler(SHAPE).compile_text(base, (1, 0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4))
+    forced = RowLayout(64, 4).forced_row((1, 2, 3, 4), None, False)
+    assert [compiled.rows[row] for row in compiled.block[:2, 0]] == [forced, forced]
 
 
 def test_limits_of_the_table_are_named():

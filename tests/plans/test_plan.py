@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from vllm_unsafe_routes import ModelShape, RouteError, RoutePlan
 from vllm_unsafe_routes.binding import PromptBinding
 from vllm_unsafe_routes.compiler import PlanCompiler
-from vllm_unsafe_routes.wire import WIRE_PREFIX
+from vllm_unsafe_routes.directive import KINDS
+from vllm_unsafe_routes.wire import WIRE_PREFIXES
 
 experts = st.lists(st.integers(0, 511), min_size=1, max_size=10, unique=True)
 positions = st.one_of(
@@ -27,11 +28,13 @@ positions = st.one_of(
 def plans(draw):
     plan = RoutePlan(draw(st.sampled_from(["masked", "native"])), draw(st.sampled_from([None, "0123456789abcdef"])))
     for _ in range(draw(st.integers(0, 6))):
-        kind, chosen = draw(st.sampled_from(["disable", "allow", "force"])), draw(experts)
+        kind, chosen = draw(st.sampled_from(KINDS)), draw(experts)
         layer, where = draw(st.integers(0, 100)), draw(positions)
         if kind == "force":
             weights = draw(st.none() | st.lists(st.floats(0, 4, width=32), min_size=len(chosen), max_size=len(chosen)))
             plan.force(layer, where, chosen, weights)
+        elif kind == "bias":
+            plan.bias(layer, where, {expert: draw(st.floats(-9, 9, width=32)) for expert in chosen})
         else:
             getattr(plan, kind)(layer, where, chosen)
     return plan
@@ -50,7 +53,7 @@ def test_both_forms_carry_the_whole_plan(plan):
         assert again.directives == plan.directives
 
 
-@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: WIRE_PREFIX + b64encode(zlib.compress(raw)).decode()))
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: "rp2:" + b64encode(zlib.compress(raw)).decode()))
 @settings(max_examples=300, deadline=None)
 def test_garbage_is_refused_not_crashed_on(text):
     with pytest.raises(RouteError):
@@ -65,7 +68,7 @@ def test_a_damaged_string_is_refused(cut):
 
 
 def test_a_bomb_is_refused_before_it_unpacks():
-    bomb = WIRE_PREFIX + b64encode(zlib.compress(bytes(200 << 20), 9)).decode()
+    bomb = "rp1:" + b64encode(zlib.compress(bytes(200 << 20), 9)).decode()
     with pytest.raises(RouteError, match="larger than"):
         RoutePlan.from_string(bomb)
 
@@ -84,6 +87,13 @@ def test_a_bomb_is_refused_before_it_unpacks():
         (lambda: RoutePlan().disable(0, "all", [1.5]), r"experts\[0\] must be an integer, got 1.5"),
         (lambda: RoutePlan().force(0, [1], [1, 2], weights=[1.0]), "1 weights for 2 experts"),
         (lambda: RoutePlan().force(0, [1], [1], weights=[float("nan")]), "weights must be finite"),
+        (lambda: RoutePlan().bias(0, [1], {1: float("nan")}), "values must be finite float32 numbers"),
+        (lambda: RoutePlan().bias(0, [1], {1: 1e39}), "values must be finite float32 numbers"),
+        (lambda: RoutePlan().bias(0, [1], {}), "experts is empty"),
+        (lambda: RoutePlan().bias(0, [1], {1.5: 1.0}), r"experts\[0\] must be an integer, got 1.5"),
+        (lambda: RoutePlan().bias(0, [1], [1, 2]), "bias must be an object of expert -> value"),
+        (lambda: RoutePlan().promote(0, [1], [3, 3]), "expert 3 is repeated"),
+        (lambda: RoutePlan().demote(0, [], [3]), "positions is empty"),
     ],
 )
 def test_wrong_whatever_the_model(build, message):
@@ -91,10 +101,24 @@ def test_wrong_whatever_the_model(build, message):
         build()
 
 
+BIAS = {"layer": 1, "positions": "all"}
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"version": "route-plan/2"}, "plan version 'route-plan/2' is not 'route-plan/1'"),
+        ({"version": "route-plan/3"}, "plan version 'route-plan/3' is not 'route-plan/1' or 'route-plan/2'"),
+        ({"version": ["route-plan/1"]}, "is not 'route-plan/1' or 'route-plan/2'"),
+        (
+            {"version": "route-plan/1", "directives": [{"layer": 1, "positions": "all", "promote": [1]}]},
+            "directive 0 has unknown keys promote; known are allow, disable, force",
+        ),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": [1]}]}, "bias must be an object of expert -> value"),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": {"x": 1}}]}, "bias has 'x', which is not an expert"),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": {"1": "x"}}]}, "values must be a list of numbers"),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": {"1": 1, "01": 2}}]}, "expert 1 is repeated"),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": {"1": 1}, "weights": [1]}]}, "weights are for force only"),
+        ({"version": "route-plan/2", "directives": [BIAS | {"bias": {"1": 1}, "demote": [2]}]}, "needs exactly one of"),
         ({"version": "route-plan/1", "extra": 1}, "plan has unknown keys extra"),
         ({"version": "route-plan/1", "directives": [{"layer": 1, "positions": "all"}]}, "needs exactly one of"),
         ({"version": "route-plan/1", "directives": [{"layer": 1, "force": [1]}]}, "directive 0 lacks 'positions'"),
@@ -109,6 +133,17 @@ def test_wrong_whatever_the_model(build, message):
 def test_bad_json(document, message):
     with pytest.raises(RouteError, match=message):
         RoutePlan.from_json(json.dumps(document))
+
+
+def test_a_plan_travels_in_the_first_version_that_says_it():
+    plan = RoutePlan().disable(0, "all", [1])
+    assert plan.to_string().startswith("rp1:") and json.loads(plan.to_json())["version"] == "route-plan/1"
+    plan.bias(1, [3], {5: -2.5, 4: 1})
+    assert plan.to_string().startswith("rp2:") and json.loads(plan.to_json())["version"] == "route-plan/2"
+    assert json.loads(plan.to_json())["directives"][1] == {"layer": 1, "positions": [3], "bias": {"5": -2.5, "4": 1.0}}
+    with pytest.raises(RouteError, match="unknown directive kind"):
+        RoutePlan.from_string("rp1:" + plan.to_string()[4:])
+    assert set(WIRE_PREFIXES) == {"rp1:", "rp2:"}
 
 
 def test_a_plan_of_a_whole_prompt_stays_small():

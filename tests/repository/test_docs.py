@@ -59,7 +59,10 @@ MESSAGES = {
     "number of weights": lambda: RoutePlan().force(0, [1], [1, 2], [1.0]),
     "NaN, infinite, too large for float32": lambda: RoutePlan().force(0, [1], [1], [float("nan")]),
     "weights without force": lambda: directives('{"layer": 0, "positions": "all", "disable": [1], "weights": [1]}'),
-    "unknown version": lambda: RoutePlan.from_json('{"version": "route-plan/2"}'),
+    "unknown version": lambda: RoutePlan.from_json('{"version": "route-plan/3"}'),
+    "bias that is no object": lambda: RoutePlan().bias(0, "all", [1, 2]),
+    "bias of no expert": lambda: RoutePlan().bias(0, "all", {"x": 1.0}),
+    "bias that is no number": lambda: RoutePlan().bias(0, "all", {1: float("inf")}),
     "unknown key": lambda: RoutePlan.from_json('{"version": "route-plan/1", "speed": 3}'),
     "key given twice": lambda: RoutePlan.from_json('{"version": "route-plan/1", "weights": "masked", "weights": "native"}'),
     "no kind, or two": lambda: directives('{"layer": 0, "positions": "all"}'),
@@ -76,6 +79,9 @@ MESSAGES = {
     "number of forced experts": lambda: compile_for(RoutePlan().force(3, [17], [1, 2, 3])),
     "two forces": lambda: compile_for(RoutePlan().force(3, "all", EIGHT).force(3, [9], EIGHT)),
     "forced and disabled": lambda: compile_for(RoutePlan().force(3, [9], EIGHT).disable(3, "all", [2])),
+    "too many promoted": lambda: compile_for(RoutePlan().promote(3, [9], EIGHT)),
+    "promoted and demoted": lambda: compile_for(RoutePlan().promote(3, [9], [2]).demote(3, "all", [2])),
+    "promoted and disabled": lambda: compile_for(RoutePlan().promote(3, [9], [2]).disable(3, "all", [2])),
     "too few left": lambda: compile_for(RoutePlan().allow(3, "prompt", [1, 2, 3])),
     "another prompt's plan": lambda: RoutePlan().for_prompt([5, 6, 7, 8]).prompt.check([1, 5, 6, 7, 8]),
     "native weights that do not exist": lambda: compile_for(RoutePlan("native"), PHIMOE),
@@ -83,6 +89,9 @@ MESSAGES = {
     "more cells than the table has": lambda: compile_for(many_routes(), max_cells=500),
     "a disabled expert is forced": lambda: compile_for(RoutePlan().force(3, [0], [3, 1, 2, 4, 5, 6, 7, 8]), policy=POLICY),
     "a protected expert is excluded": lambda: compile_for(RoutePlan().disable(3, "all", [3]), policy=POLICY),
+    "a disabled expert is promoted": lambda: compile_for(RoutePlan().promote(3, [0], [7]), policy=POLICY),
+    "a protected expert is demoted, or biased down": lambda: compile_for(RoutePlan().bias(3, "all", {3: -1.0}), policy=POLICY),
+    "another is raised above it": lambda: compile_for(RoutePlan().promote(3, "all", [5]), policy=POLICY),
     "disabled and protected": lambda: RoutePolicy({3: LayerPolicy(frozenset({1}), frozenset({1}))}),
     "not a layer": lambda: RoutePolicy.from_json({"version": "route-policy/1", "layers": {"x": {}}}),
     "policy: layer without experts": lambda: RoutePolicy({20: LayerPolicy(frozenset({1}))}).validate(OLMOE),
@@ -113,12 +122,12 @@ def test_every_quoted_message_is_checked():
 def test_the_examples_are_plans_and_policies():
     text = PLANS.read_text(encoding="utf-8")
     documents = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    plan = RoutePlan.from_json(next(item for item in documents if '"route-plan/1"' in item))
+    plan = RoutePlan.from_json(next(item for item in documents if '"route-plan/2"' in item))
     assert compile_for(plan).max_position == 5
     RoutePolicy.from_json(next(item for item in documents if '"route-policy/1"' in item)).validate(OLMOE)
     built: dict = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], built)
-    assert len(built["plan"]) == 4
+    assert len(built["plan"]) == 7
     compile_for(built["plan"])
 
 

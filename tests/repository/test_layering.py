@@ -22,6 +22,7 @@ PURE = (
     "policy",
     "compiled",
     "compiler",
+    "layer_rules",
     "table",
     "receipt",
     "cells",

@@ -83,9 +83,11 @@ def check_cases(llm: Any, cases: list[Case], oracle: Any = None) -> list[float]:
 
 
 def check_cells(llm: Any, shape: Any, oracle: Any = None) -> None:
-    """Three prompts of mixed lengths, whose bases move on twice."""
+    """Three prompts of mixed lengths, one under a base with soft directives, whose bases move on twice."""
     rng = random.Random(7)
-    cases = [Case(rng, shape, RoutePlan().disable(shape.moe_layers[0], "all", [at]), banned=(at,)) for at in range(3)]
+    bases = [RoutePlan().disable(shape.moe_layers[0], "all", [at]) for at in range(3)]
+    bases[1].bias(shape.moe_layers[-1], "all", {0: 2.0, 5: -1.0}).demote(shape.moe_layers[0], "prompt", [4])
+    cases = [Case(rng, shape, base, banned=(at,)) for at, base in enumerate(bases)]
     for _ in range(3):
         values = check_cases(llm, cases, oracle)
         assert len({round(value, 4) for value in values}) > 6

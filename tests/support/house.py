@@ -42,6 +42,7 @@ LAYERS = (
         "receipt",
         "compiled",
         "compiler",
+        "layer_rules",
         "table",
         "cells",
         "routed_experts",

@@ -75,6 +75,7 @@ class Oracle:
         num_experts, kind = logits.shape[-1], config.model_type
         top_k = config.num_experts_per_tok
         allowed = sorted(set(range(num_experts)) - wish.disabled)
+        biased, steered = wish.change(logits.double(), allowed)
         if wish.weights is not None:
             # What the router hands on; these families scale the experts' sum afterwards.
             scale = getattr(config, "routed_scaling_factor", None) or 1.0
@@ -84,30 +85,35 @@ class Oracle:
 
             keep = wish.forced or allowed
             masked = torch.full_like(logits, -math.inf)
-            masked[keep] = logits[keep]
+            masked[keep] = steered.float()[keep]
             weights, ids = sparsemixer(masked[None], jitter_eps=module.router_jitter_noise, training=False, top_k=top_k)
             return weights[0].double(), ids[0].tolist()
-        scores = logits.double()
         sigmoid = kind in ("deepseek_v3", "glm4_moe", "llama4_text")
         renormalize = kind in ("mixtral", "granitemoe", "gpt_oss") or (
             kind != "llama4_text" and kind != "deepseek_v2" and bool(getattr(config, "norm_topk_prob", False))
         )
-        if sigmoid:
-            native = selected_from = scores.sigmoid()
-        else:
-            native = scores.softmax(-1)
-            keep = wish.forced or allowed
-            masked = torch.full_like(scores, -math.inf)
-            masked[keep] = scores[keep]
-            selected_from = masked.softmax(-1)
-        choice = selected_from.clone()
+
+        def score(values: torch.Tensor, keep: list[int]) -> torch.Tensor:
+            if sigmoid:
+                return values.sigmoid()
+            masked = torch.full_like(values, -math.inf)
+            masked[keep] = values[keep]
+            return masked.softmax(-1)
+
+        native = score(logits.double(), list(range(num_experts)))
+        selected_from = score(steered, wish.forced or allowed)
+        choice = score(biased, allowed)
         bias = getattr(module, "e_score_correction_bias", None)
         if bias is not None:
             choice = choice + bias.double()
         if wish.forced:
             ids = wish.forced
         else:
-            ids = _pick(choice, allowed, top_k, getattr(config, "n_group", None), getattr(config, "topk_group", None), bias)
+            ids = sorted(wish.promoted)
+            left = [expert for expert in allowed if expert not in wish.promoted | wish.demoted]
+            for among in (left, [expert for expert in allowed if expert in wish.demoted]):
+                groups = (getattr(config, "n_group", None), getattr(config, "topk_group", None))
+                ids += _pick(choice, among, top_k - len(ids), *groups, bias, wish.promoted)
         weights = (native if wish.native else selected_from)[ids]
         if renormalize:
             weights = weights / weights.sum()
@@ -123,6 +129,21 @@ class _Wish:
         self.disabled: set[int] = set()
         self.forced: list[int] = []
         self.weights: tuple[float, ...] | None = None
+        self.bias: dict[int, float] = {}
+        self.promoted: set[int] = set()
+        self.demoted: set[int] = set()
+
+    def change(self, logits: torch.Tensor, allowed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits with the biases, and with the promoted and demoted experts beside largest and smallest; a force wants none."""
+        if self.forced:
+            return logits, logits
+        biased = logits.clone()
+        for expert, value in self.bias.items():
+            biased[expert] += value
+        steered = biased.clone()
+        steered[list(self.promoted)] = biased[allowed].max() + 0.01
+        steered[list(self.demoted)] = biased[allowed].min() - 0.01
+        return biased, steered
 
 
 def _read_wishes(plan: RoutePlan, num_tokens: int, prompt_len: int) -> dict[int, dict[int, _Wish]]:
@@ -139,15 +160,28 @@ def _read_wishes(plan: RoutePlan, num_tokens: int, prompt_len: int) -> dict[int,
                 wish.disabled |= set(item.experts)
             elif item.kind == "allow":
                 wish.disabled |= everything - set(item.experts)
+            elif item.kind == "promote":
+                wish.promoted |= set(item.experts)
+            elif item.kind == "demote":
+                wish.demoted |= set(item.experts)
+            elif item.kind == "bias":
+                for expert, value in zip(item.experts, item.weights, strict=True):
+                    wish.bias[expert] = wish.bias.get(expert, 0.0) + value
             else:
                 wish.forced, wish.weights = list(item.experts), item.weights
     return wishes
 
 
 def _pick(
-    choice: torch.Tensor, allowed: list[int], top_k: int, num_groups: int | None, topk_group: int | None, bias: Any
+    choice: torch.Tensor,
+    allowed: list[int],
+    top_k: int,
+    num_groups: int | None,
+    topk_group: int | None,
+    bias: Any,
+    promoted: set[int],
 ) -> list[int]:
-    """Selection with the family's group limits, over the allowed experts only."""
+    """Selection with the family's group limits, over the allowed experts only; the promoted ones count for their groups."""
 
     def best(ids: list[int], count: int) -> list[int]:
         return sorted(ids, key=lambda expert: (-choice[expert].item(), expert))[:count]
@@ -157,7 +191,7 @@ def _pick(
     size = len(choice) // num_groups
     score = {}
     for group in range(num_groups):
-        members = best([expert for expert in allowed if expert // size == group], 1 if bias is None else 2)
+        members = best([expert for expert in {*allowed, *promoted} if expert // size == group], 1 if bias is None else 2)
         score[group] = sum(choice[expert].item() for expert in members) if members else -math.inf
     groups = sorted(score, key=lambda group: (-score[group], group))[:topk_group]
     inside = best([expert for expert in allowed if expert // size in groups], top_k)

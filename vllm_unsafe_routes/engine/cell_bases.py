@@ -7,7 +7,7 @@ the log-probabilities of its target. A candidate begins there instead of at the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class BaseRoutes:
     """A base plan under the policy, as rows of a route table.
 
     Attributes:
-        contents: int32 [num_rows, ints of a row], `RowLayout` in 4-byte units.
+        contents: int32 [num_rows, ints of the longest], `RowLayout` in 4-byte units.
         rows: int32 [MoE layers, num_tokens], index into `contents`, -1 where nothing is directed.
         native: whether moves keep the weights of the router's own scores.
 
@@ -46,21 +46,27 @@ class BaseRoutes:
         columns = [plan.column(position, prompt_len) for position in range(prompt_len + len(cells.target) - 1)]
         block = plan.block[:, columns]
         rows = np.where(block == NO_ROW, policy_row[:, None], block + len(held)).astype(np.int32)
-        contents = np.frombuffer(b"".join([*held, *plan.rows]), "<i4")
-        return cls(contents.reshape(-1, compiler.layout.num_ints), rows, plan.native)
+        return cls(compiler.layout.table([*held, *plan.rows]), rows, plan.native)
 
     def first_difference(self, other: BaseRoutes) -> tuple[int, int, int] | None:
         """MoE slot, position and one past the last position at that slot, from which on routes may differ; None: they are equal."""
-        differs = (self._by_token() != other._by_token()).any(2)
+        ints = max(self.contents.shape[1], other.contents.shape[1])
+        differs = (self._by_token(ints) != other._by_token(ints)).any(2)
         if not differs.any():
             return None
         slot = int(differs.any(1).argmax())
         return slot, int(differs.any(0).argmax()), int(differs[slot].nonzero()[0][-1]) + 1
 
-    def _by_token(self) -> np.ndarray:
+    def _by_token(self, ints: int) -> np.ndarray:
         # One row more, which -1 finds: no row is all zeros.
-        content: np.ndarray = np.concatenate([self.contents, np.zeros((1, self.contents.shape[1]), np.int32)])[self.rows]
+        content: np.ndarray = widen([self.contents, np.zeros((1, ints), np.int32)])[self.rows]
         return content
+
+
+def widen(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Tables of rows as one, int32 [all rows, ints of the longest]."""
+    ints = max(table.shape[1] for table in tables)
+    return np.concatenate([np.pad(table, ((0, 0), (0, ints - table.shape[1]))) for table in tables])
 
 
 @dataclass(slots=True, eq=False)

@@ -55,8 +55,11 @@ class DeviceTable:
             Mirrored((num_rows, layout.num_words), 0, np.int32, device),
             Mirrored((num_rows, layout.top_k), 0, np.int32, device),
             Mirrored((num_rows, layout.top_k), 0, np.float32, device),
+            Mirrored((num_rows, 2, layout.num_words), 0, np.int32, device),
+            Mirrored((num_rows, layout.num_experts), 0, np.float32, device),
         )
-        self.rows = RouteRows(*(column.tensor for column in self._columns))
+        *hard, steered, score_bias = (column.tensor for column in self._columns)
+        self.rows = RouteRows(*hard, score_bias, steered)
         num_slots = config.route_table_slots + 1 if config.allow_overrides else 1
         num_cells = config.route_table_cells if config.allow_overrides else 1
         self._arena = Arena(num_cells)
@@ -83,11 +86,11 @@ class DeviceTable:
         contents = list(contents)
         ids, new = self._store.acquire(contents)
         if new:
-            ints = np.frombuffer(b"".join(contents[at] for at in new), "<i4").reshape(len(new), -1)
             where = np.array([ids[at] for at in new])
-            flags, allowed, forced_ids, weights = np.split(ints, np.cumsum(self._layout.widths[:-1]), axis=1)
-            for column, values in zip(self._columns, (flags[:, 0], allowed, forced_ids, weights.view("<f4")), strict=True):
-                column.write(where, values)
+            # Of rows that are not soft the last two parts are left as they are: nothing reads them.
+            parts = self._layout.columns(self._layout.table([contents[at] for at in new]))
+            for column, values in zip(self._columns, parts, strict=False):
+                column.write(where, values.reshape(-1, *column.host.shape[1:]))
         return ids
 
     def release(self, contents: Sequence[bytes]) -> None:

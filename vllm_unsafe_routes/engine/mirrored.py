@@ -26,7 +26,8 @@ class Mirrored:
     """
 
     def __init__(self, shape: tuple[int, ...], fill: float, dtype: Any, device: torch.device) -> None:
-        self.host: np.ndarray = np.full(shape, fill, dtype)
+        # Zeros take memory once they are written over.
+        self.host: np.ndarray = np.full(shape, fill, dtype) if fill else np.zeros(shape, dtype)
         self.tensor = torch.from_numpy(self.host).to(device)
         self._is_shared = device.type == "cpu"
         self._changed = slice(0, 0)

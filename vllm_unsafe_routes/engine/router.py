@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedT
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+from vllm_unsafe_routes.kernels.reference import finite, soft_wishes, steer
 from vllm_unsafe_routes.kernels.route_topk import route_topk
 from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu
 from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, RouteWatch, unpack_allowed
@@ -315,7 +316,10 @@ class LayerBinding:
         directed = (row_index >= 0).unsqueeze(1)
         row = row_index.clamp(min=0).long()
         allowed = unpack_allowed(rows.allowed[row], router_logits.shape[1])  # a forced row's words hold its own experts
-        masked = router_logits.masked_fill(directed & ~allowed, float("-inf"))
+        # float32: a promoted expert must not tie with the largest.
+        biased, promoted, demoted = soft_wishes(finite(router_logits.float()), allowed, rows.flags[row], row, rows)
+        steered = biased if promoted is None or demoted is None else steer(biased, allowed, promoted, demoted)
+        masked = torch.where(directed, steered.masked_fill(~allowed, float("-inf")), router_logits)
         weights, ids = function(
             hidden_states=routing.hidden_states,
             gating_output=masked,

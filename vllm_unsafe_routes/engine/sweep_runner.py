@@ -12,6 +12,7 @@ from vllm_unsafe_routes.kernels.spec import RouteRows
 from ..cells import CANDIDATE, END, LAYER, START
 from ..compiled import NO_ROW, RowLayout
 from ..shape import ModelShape
+from .cell_bases import widen
 from .device_table import upload
 from .layer_range import LayerRange
 from .router import LayerBinding, Routing
@@ -99,7 +100,9 @@ class SweepRunner:
         """The route table of a sweep: the bases' rows, then one row a move."""
         mine = self._layout.forced_rows(experts, native)
         # A table without a row would have nothing to read.
-        ints = np.concatenate([*(one for one in contents if one.size), mine, np.zeros((1, self._layout.num_ints), np.int32)])
-        table = upload(ints, torch.int32, self._layers.device)
-        flags, allowed, ids, weights = (column.contiguous() for column in table.split(self._layout.widths, 1))
-        return RouteRows(flags[:, 0], allowed, ids, weights.view(torch.float32))
+        table = widen([*contents, mine, np.zeros((1, mine.shape[1]), np.int32)])
+        parts = [upload(part, torch.from_numpy(part).dtype, self._layers.device) for part in self._layout.columns(table)]
+        if len(parts) == len(RouteRows._fields):
+            *hard, steered, score_bias = parts
+            return RouteRows(*hard, score_bias, steered.unflatten(1, (2, -1)))
+        return RouteRows(*parts)

@@ -1,0 +1,157 @@
+"""One (layer, position) of a plan: all its directives there together, and the row that they make under the layer's policy.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .compiled import RowLayout, Soft, expert_bits
+from .directive import Directive
+from .errors import RouteError
+
+
+def lowest(bits: int) -> int:
+    """The smallest expert of a set."""
+    return (bits & -bits).bit_length() - 1
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What directives ask of one (layer, position).
+
+    Attributes:
+        allowed: bits of the experts that no mask excludes.
+        force: the force, or None. It decides alone: a bias, promotions and demotions beside it have no effect.
+        promoted: bits of the promoted experts.
+        demoted: bits of the demoted experts.
+        bias: expert -> what is added to its logit, the sum of all biases.
+
+    """
+
+    allowed: int
+    force: Directive | None = None
+    promoted: int = 0
+    demoted: int = 0
+    bias: dict[int, float] = field(default_factory=dict)
+
+    def copy(self) -> Gathered:
+        """One that can be added to by itself."""
+        return Gathered(self.allowed, self.force, self.promoted, self.demoted, dict(self.bias))
+
+    def add(self, item: Directive, place: str) -> None:
+        """One directive more; `place` is the layer and position, for the message. Raises `RouteError` for a second force."""
+        bits = expert_bits(item.experts)
+        if item.kind == "disable":
+            self.allowed &= ~bits
+        elif item.kind == "allow":
+            self.allowed &= bits
+        elif item.kind == "promote":
+            self.promoted |= bits
+        elif item.kind == "demote":
+            self.demoted |= bits
+        elif item.kind == "bias":
+            for expert, value in zip(item.experts, item.weights or (), strict=True):
+                self.bias[expert] = self.bias.get(expert, 0.0) + value
+        elif self.force is not None:
+            raise RouteError(f"{place}: two forces for one (layer, position)")
+        else:
+            self.force = item
+
+    def soft(self) -> Soft:
+        """What is asked for without excluding anything, of the experts that are left."""
+        bias = tuple((expert, value) for expert, value in sorted(self.bias.items()) if value and self.allowed >> expert & 1)
+        return Soft(bias, self.promoted, self.demoted & self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRules:
+    """What holds at one layer, whatever a plan says.
+
+    Attributes:
+        layout: of a row.
+        banned: bits of the experts that the policy disables.
+        protected: bits of those that no plan may exclude.
+
+    """
+
+    layout: RowLayout
+    banned: int
+    protected: int
+
+    @property
+    def all(self) -> int:
+        """Bits of all experts."""
+        return (1 << self.layout.num_experts) - 1
+
+    def policy_row(self, native: bool) -> bytes | None:
+        """The row of a token without a directive; None where the policy bans nothing."""
+        return self.layout.mask_row(self.all & ~self.banned, native) if self.banned else None
+
+    def row(self, place: str, asked: Gathered, native: bool) -> bytes | None:
+        """The row of what is asked, None where that is nothing.
+
+        Raises:
+            RouteError: the plan contradicts itself or the policy; begins with `place`.
+
+        """
+        soft = asked.soft()
+        if asked.force is None and asked.allowed == self.all and not soft:
+            return None
+        chosen = asked.allowed if asked.force is None else expert_bits(asked.force.experts)
+        if asked.force is not None:
+            if chosen & ~asked.allowed:
+                raise RouteError(f"{place}: expert {lowest(chosen & ~asked.allowed)} is forced and disabled by the same plan")
+            if chosen & self.banned:
+                raise RouteError(
+                    f"{place}: expert {lowest(chosen & self.banned)} is disabled by the engine's policy and cannot be forced",
+                    "policy",
+                )
+        if self.protected & ~chosen:
+            raise RouteError(
+                f"{place}: expert {lowest(self.protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
+                "policy",
+            )
+        if asked.force is not None:
+            return self.layout.forced_row(asked.force.experts, asked.force.weights, native)
+        left, top_k = asked.allowed & ~self.banned, self.layout.top_k
+        if left.bit_count() < top_k:
+            # Enough for a plan alone: then it is the policy that takes the rest away.
+            reason = "policy" if asked.allowed.bit_count() >= top_k else "invalid"
+            raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
+        self._check_soft(place, asked, soft)
+        return self.layout.mask_row(left, native, soft)
+
+    def _check_soft(self, place: str, asked: Gathered, soft: Soft) -> None:
+        if soft.promoted & asked.demoted:
+            raise RouteError(f"{place}: expert {lowest(soft.promoted & asked.demoted)} is promoted and demoted by the same plan")
+        if soft.promoted & ~asked.allowed:
+            raise RouteError(f"{place}: expert {lowest(soft.promoted & ~asked.allowed)} is promoted and disabled by the same plan")
+        if soft.promoted & self.banned:
+            raise RouteError(
+                f"{place}: expert {lowest(soft.promoted & self.banned)} is disabled by the engine's policy and cannot be promoted",
+                "policy",
+            )
+        if soft.promoted.bit_count() >= self.layout.top_k:
+            raise RouteError(
+                f"{place}: {soft.promoted.bit_count()} promoted experts, fewer than top_k {self.layout.top_k} can be; use force"
+            )
+        if not self.protected:
+            return
+        lowered = soft.demoted | expert_bits(expert for expert, value in soft.bias if value < 0)
+        if lowered & self.protected:
+            raise RouteError(
+                f"{place}: expert {lowest(lowered & self.protected)} is protected by the engine's policy and cannot be demoted",
+                "policy",
+            )
+        # Whoever is raised may push another one out.
+        for expert in range(self.layout.num_experts):
+            raised = soft.promoted >> expert & 1 or dict(soft.bias).get(expert, 0.0) > 0
+            others = self.protected & ~(1 << expert)
+            if raised and others:
+                raise RouteError(
+                    f"{place}: expert {lowest(others)} is protected by the engine's policy, and expert {expert} cannot be raised "
+                    "above it",
+                    "policy",
+                )
