@@ -291,10 +291,10 @@ def _gate(
             wants_bias = ((flags & _SCORE_BIAS) != 0)[:, None]
             score_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + expert, mask=is_expert & wants_bias, other=0.0)
             biased = tl.where(wants_bias, _finite(x + score_bias), x)
-            is_steered = ((flags & (_STEERED | _FORCED)) == _STEERED)[:, None]
+            is_steered = (flags & (_STEERED | _FORCED)) == _STEERED
             steered_at = steered_ptr + at[:, None] * (2 * NUM_WORDS)
-            promoted = _bits(steered_at, expert, allowed & is_steered)
-            demoted = _bits(steered_at + NUM_WORDS, expert, allowed & is_steered) & (promoted == 0)
+            promoted = _bits(steered_at, expert, allowed & is_steered[:, None])
+            demoted = _bits(steered_at + NUM_WORDS, expert, allowed & is_steered[:, None]) & (promoted == 0)
     forced = (flags & _FORCED) != 0
     native = (flags & _NATIVE_WEIGHTS) != 0
 
@@ -335,17 +335,17 @@ def _gate(
         biases = mask_k & wants_bias & (native == 0)[:, None]
         chosen_bias = tl.load(score_bias_ptr + at[:, None] * NUM_EXPERTS + ids, mask=biases, other=0.0)
         chosen = tl.where(biases, _finite(chosen + chosen_bias), chosen)
-        weighs_steered = is_steered & (native == 0)[:, None]
-        if tl.max(tl.max(weighs_steered.to(tl.int32), axis=1), axis=0) > 0:
+        weighs_steered = is_steered & (native == 0)
+        if tl.max(weighs_steered.to(tl.int32), axis=0) > 0:
             key = _ordered_key(biased)
             high = _finite(_float_of_key(tl.max(tl.where(allowed, key, _LOWEST_KEY), axis=1)) + _MARGIN)[:, None]
             low = _finite(_float_of_key(tl.min(tl.where(allowed, key, _NO_INDEX), axis=1)) - _MARGIN)[:, None]
             if SCORING == "softmax":
                 steered = tl.where(promoted, high, tl.where(demoted, low, biased))
                 steered_top, steered_total = _softmax_sums(steered, allowed, BLOCK_TOKENS)
-                top = tl.where(tl.max(weighs_steered.to(tl.int32), axis=1) > 0, steered_top, top)
-                total = tl.where(tl.max(weighs_steered.to(tl.int32), axis=1) > 0, steered_total, total)
-            of_chosen = mask_k & weighs_steered
+                top = tl.where(weighs_steered, steered_top, top)
+                total = tl.where(weighs_steered, steered_total, total)
+            of_chosen = mask_k & weighs_steered[:, None]
             is_promoted = _bits(steered_at, ids, of_chosen)
             is_demoted = _bits(steered_at + NUM_WORDS, ids, of_chosen)
             chosen = tl.where(is_promoted, high, tl.where(is_demoted, low, chosen))
