@@ -36,6 +36,14 @@ def add(commands: Any) -> None:
     add_judge_options(parser, stop=True)
     add_fsour_options(parser)
     add_search_answered(parser)
+    parser.add_argument(
+        "--controls",
+        type=int,
+        metavar="N",
+        default=0,
+        help="beside each found route: its experts with native weights, the model's own experts with masked ones, and N random "
+        "routes at the same cells (default: 0, no controls)",
+    )
     parser.add_argument("--artifact", type=Path, help="also write a JailbreakBench attack artifact to this file")
     parser.set_defaults(run=run)
 
@@ -48,6 +56,7 @@ def settings_of(args: argparse.Namespace) -> FsourStudy:
         library_prompts=args.library_prompts,
         artifact=args.artifact,
         search_answered=args.search_answered,
+        controls=args.controls,
     )
 
 

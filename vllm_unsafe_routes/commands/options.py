@@ -13,6 +13,7 @@ from typing import Any
 from ..defence.utility import KINDS, UtilityPrompts
 from ..errors import RouteError
 from ..evaluation.datasets import Columns
+from ..plan import WEIGHT_MODES
 from ..policy import RoutePolicy
 from ..search.adaptive import AdaptiveSettings
 from ..search.fsour import STRATEGIES, FsourSettings
@@ -253,6 +254,12 @@ def add_fsour_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attempts", type=int, default=5, help="S4, attempts with new draws (default: 5)")
     group.add_argument("--tau", type=float, default=0.8, help="stop searching at this probability of the target (default: 0.8)")
+    group.add_argument(
+        "--weights",
+        choices=WEIGHT_MODES,
+        default="masked",
+        help="weights of forced experts: masked (the paper's), or native, which leaves out what rescaling does",
+    )
     group.add_argument("--min-gain", type=float, default=1e-4, help="nats that a draw must gain (default: 1e-4; bfloat16: 2e-2)")
     group.add_argument(
         "--library-prompts",
@@ -287,5 +294,6 @@ def fsour_settings(args: argparse.Namespace) -> FsourSettings:
         num_attempts=args.attempts,
         tau=args.tau,
         min_gain=args.min_gain,
+        weights=args.weights,
         adaptive=adaptive,
     )

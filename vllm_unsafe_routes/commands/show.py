@@ -84,6 +84,9 @@ def fsour(summary: Mapping[str, Any], strategy: str) -> str:
         f"  {summary['attempts']} attempts, {summary['candidates']} candidates ({summary['needed']} one by one), "
         f"{summary['computed_tokens']} of {summary['tokens']} tokens computed"
     )
+    for name, entry in summary.get("controls", {}).items():
+        if name != "prompts":
+            lines.append(f"  target, {name:<20} {entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}] nats")
     return "\n".join(lines) + cost(summary)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..study.records import Fsour, Rosais
+from ..study.controls import controls_summary
+from ..study.records import Controls, Fsour, Rosais
 from .answers import completions
 from .costs import costs, machine
 from .layers import rosais
@@ -55,7 +56,18 @@ def collect(runs: Sequence[Run], *, title: str | None = None, keep_completions: 
         "experts": experts(runs),
         "costs": costs(runs),
         "completions": completions(runs, keep_completions),
+        **({"controls": controlled} if (controlled := _controls(runs)) else {}),
     }
+
+
+def _controls(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is route and what is rescaling, by run."""
+    found = [(run, run.records(Controls)) for run in runs]
+    return [
+        {"run": run.name, "attack": records[0].attack, "weights": records[0].weights, **controls_summary(records)}
+        for run, records in found
+        if records
+    ]
 
 
 def _run(run: Run) -> dict[str, Any]:

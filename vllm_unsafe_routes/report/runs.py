@@ -15,6 +15,7 @@ from ..study.campaign import RECORDS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_set
 from ..study.records import (
     Answer,
     AttemptNote,
+    Controls,
     DatasetMask,
     Entry,
     Fsour,
@@ -92,7 +93,7 @@ class Run:
 
     def progress(self) -> tuple[int, int | None]:
         """How many results there are, and how many there will be where the settings say so."""
-        done = sum(not isinstance(entry.record, AttemptNote | Work) for entry in self.entries)
+        done = sum(not isinstance(entry.record, AttemptNote | Work | Controls) for entry in self.entries)
         prompts, seeds = self.settings.get("num_prompts"), len(self.seeds)
         if not isinstance(prompts, int) or not seeds:
             return done, None

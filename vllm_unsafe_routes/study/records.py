@@ -205,6 +205,42 @@ class Fsour(Judged, frozen=True, kw_only=True, tag_field="type", tag="fsour"):
     chosen: int | None = None
 
 
+class Controls(Record, frozen=True, kw_only=True, tag_field="type", tag="controls"):
+    """What the route of one prompt owes to its experts and what to their weights; see `study.controls`. Log-probabilities in nats.
+
+    Attributes:
+        weights: those of the search.
+        cells: accepted choices of the route.
+        clean: of the target without a plan.
+        found: under the route.
+        native: under its experts with native weights.
+        own: under the model's own experts with masked weights at the same cells.
+        own_everywhere: the same at every cell of the prompt.
+        randoms: under random experts with masked weights at the same cells.
+
+    """
+
+    attack: str
+    prompt: str
+    category: str
+    seed: int
+    weights: str
+    cells: int
+    clean: float
+    found: float
+    native: float
+    own: float
+    own_everywhere: float
+    randoms: tuple[float, ...]
+
+    def value(self, name: str) -> float:
+        """A control by its name; of the random routes `random` is the mean and `best_random` the best."""
+        if name == "random":
+            return sum(self.randoms) / len(self.randoms)
+        value: float = max(self.randoms) if name == "best_random" else getattr(self, name)
+        return value
+
+
 class Matrix(Judged, frozen=True, kw_only=True, tag_field="type", tag="matrix"):
     """One attack on one prompt under one defence. What an attack does not have is None."""
 
@@ -354,7 +390,7 @@ class Unknown(Record, frozen=True, kw_only=True):
 KINDS: dict[str, type[Record]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
-        *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Matrix, Utility, Throughput),
+        *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Controls, Matrix, Utility, Throughput),
         *(Candidate, Suffixes, OwnAnswers, Addition, Work),
     )
 }

@@ -20,6 +20,7 @@ from ..search.rosais import RosaisSettings
 from . import artifact
 from .bench import Bench
 from .campaign import Campaign
+from .controls import controls_record
 from .fsour import fsour_record
 from .jobs import Job, What, dataset_mask_record, mask_record, plain_record, rosais_record, run_jobs, unjudged
 from .model import Item
@@ -129,6 +130,8 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
     own = _without(search, "seed") | {"library_prompts": num_first}
     if not study.search_answered:
         own["plain_answer_first"] = True
+    if study.controls:
+        own["controls"] = study.controls
 
     with workspace.campaign("fsour", own) as campaign:
         with workspace.bench() as bench:
@@ -147,6 +150,9 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
             names = {item.prompt.id for item in first}
             libraries = {seed: library_of(read(study.out, Fsour), seed, names) for seed in study.seeds}
             run_jobs(campaign, bench.backend, jobs(rest, libraries), What(label, attack), concurrency=at_once)
+            if study.controls:
+                of_controls = _controls_jobs(bench, study, workspace.items)
+                run_jobs(campaign, bench.backend, of_controls, What(f"{label}, controls", "controls"), concurrency=at_once)
         summary = fsour_summary(read(study.out, Record))
         campaign.finish(summary)
     if study.artifact is not None:
@@ -157,6 +163,17 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
 def _fsour_job(bench: Bench, settings: FsourSettings, item: Item, library: Library | None, plain: Mapping[str, Answer]) -> Job:
     own = plain.get(item.prompt.id)
     return (settings.seed, item.prompt.id), lambda so_far: fsour_record(bench, item, settings, library, so_far, own)
+
+
+def _controls_jobs(bench: Bench, study: FsourStudy, items: Sequence[Item]) -> list[Job]:
+    """The controls of every route that was found."""
+    by_id = {item.prompt.id: item for item in items}
+
+    def job(found: Fsour) -> Job:
+        item, count, weights = by_id[found.prompt], study.controls, study.search.weights
+        return ("controls", found.seed, found.prompt), lambda _: controls_record(bench.backend, item, found, count, weights)
+
+    return [job(found) for found in read(study.out, Fsour) if found.final.routes]
 
 
 def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) -> Library:

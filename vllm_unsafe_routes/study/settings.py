@@ -161,6 +161,7 @@ class FsourStudy(Setup):
         artifact: also write a JailbreakBench attack artifact to this file.
         search_answered: also search prompts that the model answers anyway, as runs before 2026-11-26 did; else the plain answer is
             judged first, and one that complies is a success without a search, as published.
+        controls: random routes beside each found one, with the other controls of `study.controls`; 0: no controls.
 
     """
 
@@ -168,3 +169,4 @@ class FsourStudy(Setup):
     library_prompts: int = 4
     artifact: Path | None = None
     search_answered: bool = False
+    controls: int = 0

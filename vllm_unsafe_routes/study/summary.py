@@ -16,8 +16,9 @@ from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval
 from ..search.rosais import dataset_scores, rank, share_masks
 from .campaign import SUMMARY_FILE, read_settings
+from .controls import controls_summary
 from .cost import cost_of
-from .records import Answer, DatasetMask, Fsour, Judged, Mask, Matrix, Opinion, Record, Rosais, Throughput, Utility, read
+from .records import Answer, Controls, DatasetMask, Fsour, Judged, Mask, Matrix, Opinion, Record, Rosais, Throughput, Utility, read
 
 DIGITS = 4
 # Of a score's mean in a summary: records have no more.
@@ -241,9 +242,11 @@ def fsour_summary(records: Iterable[Record]) -> dict[str, Any]:
     found = [record for record in everything if isinstance(record, Fsour)]
     by_name = rates((one.name, one.row) for one in tries(everything))
     asr = by_name.pop(found[0].attack) if found else rate([])
+    controls = controls_summary(one for one in everything if isinstance(one, Controls))
     return {
         "asr": asr,
         **({"asr_besides": by_name} if by_name else {}),
+        **({"controls": controls} if controls else {}),
         **{name: total(found, name) for name in TOTALS},
         **_cost(everything),
     }
