@@ -183,6 +183,11 @@ class CompiledPlan:
             self.prompt.check(token_ids)
 
     @property
+    def only_masks(self) -> bool:
+        """Whether all it asks is which experts may be chosen, with masked weights."""
+        return all(int.from_bytes(row[:4], "little") & ~FLAG_FORCED == 0 for row in self.rows)
+
+    @property
     def max_position(self) -> int:
         """Largest listed position, -1 if none."""
         return self.num_listed - 1

@@ -33,7 +33,7 @@ from vllm.model_executor.models import registry
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from vllm_unsafe_routes.engine import on_meta, plugin
-from vllm_unsafe_routes.engine.router import moe_runners
+from vllm_unsafe_routes.engine.bind import moe_runners
 from vllm_unsafe_routes.errors import RouteError
 
 SECONDS = 180

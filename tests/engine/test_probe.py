@@ -41,12 +41,12 @@ def grouped(scoring, renormalize):
     return lambda logits, bias: gate(logits, logits, TOP_K, renormalize, 4, 2, scoring, 1.0, bias)
 
 
-def custom(path):
+def custom(path, **options):
     module, _, name = path.partition(":")
     function = __import__(module, fromlist=["x"])
     for part in name.split("."):
         function = getattr(function, part)
-    return cpu_router(custom_routing_function=function)
+    return cpu_router(custom_routing_function=function, **options)
 
 
 def reference(spec):
@@ -62,6 +62,7 @@ SPECS = {
     "sigmoid, groups": (GatingSpec(EXPERTS, TOP_K, "sigmoid", **GROUPS), False),
     "sigmoid, groups, bias": (GatingSpec(EXPERTS, TOP_K, "sigmoid", True, **TOP2), True),
     # The C++ kernel knows the size of DeepSeek-V4 and few others.
+    "top 2": (GatingSpec(EXPERTS, 2), False),
     "sqrtsoftplus, bias": (GatingSpec(256, 8, "sqrtsoftplus", True), True),
 }
 IN_GROUPS = dict(use_grouped_topk=True, **GROUPS)
@@ -74,6 +75,10 @@ NATIVE = {
     "CPU sqrtsoftplus, bias": (lambda: cpu_router(top_k=8, scoring_func="sqrtsoftplus"), "sqrtsoftplus, bias"),
     "Llama-4": (lambda: custom("vllm.model_executor.models.llama4:Llama4MoE.custom_routing_function"), "sigmoid"),
     "Cohere-2": (lambda: custom("vllm.model_executor.models.cohere2_moe:token_choice_with_bias"), "sigmoid"),
+    "PhiMoE": (
+        lambda: custom("vllm.model_executor.models.phimoe:phimoe_routing_function", top_k=2, renormalize=False),
+        "top 2",
+    ),
     "torch softmax, groups": (lambda: grouped("softmax", False), "softmax, groups"),
     "torch sigmoid, groups": (lambda: grouped("sigmoid", False), "sigmoid, groups"),
     "torch sigmoid, groups, bias": (lambda: grouped("sigmoid", True), "sigmoid, groups, bias"),

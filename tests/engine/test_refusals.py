@@ -40,11 +40,10 @@ def loaded(tiny_model):
 @pytest.fixture
 def bind(loaded, monkeypatch):
     """`bind(router=..., shape=..., layers=..., extra=...)`: bind the model with something about layer 1 changed."""
-    from vllm_unsafe_routes.engine.router import RouterState, bind_routers
+    from vllm_unsafe_routes.engine.bind import bind_routers
+    from vllm_unsafe_routes.engine.router import RouterHooks, RouterState
 
-    class Controller:
-        handle, state, fused, jittered_slots = 0, RouterState(), False, frozenset()
-
+    hooks = RouterHooks(0, RouterState(), False, frozenset(), has_plans=True)
     model, shape = loaded
 
     def run(router=None, shape=shape, layers=range(3), extra=None):
@@ -53,7 +52,7 @@ def bind(loaded, monkeypatch):
         if router is not None:
             monkeypatch.setattr(runners(model)[1], "router", router)
         root = torch.nn.ModuleList([model, extra]) if extra is not None else model
-        return bind_routers(root, shape, Controller(), layers)
+        return bind_routers(root, shape, hooks, layers)
 
     return run
 
@@ -225,7 +224,7 @@ def test_a_monolithic_kernel(bind, loaded, monkeypatch, name):
         bind()
     assert str(caught.value).startswith("MoE layer 0 (model.layers.0.")
     assert f"the monolithic expert kernel of {name} routes inside itself" in str(caught.value)
-    assert f"with --moe-backend {ADVICE[name]}; " in str(caught.value)
+    assert f"with --moe-backend {ADVICE[name]}, or for plans that only mask 'seam': 'logits'; " in str(caught.value)
     assert str(caught.value).endswith(WHAT_HELPS)
 
 

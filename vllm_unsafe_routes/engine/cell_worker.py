@@ -50,6 +50,8 @@ def _scorer_of(worker: Any, controller: RouteController) -> CellScorer:
         config = route_config(vllm_config)
         if config is not None and config.jitter is not None:
             raise RouteError("cells cannot be scored with noise on router logits")
+        if config is not None and config.seam == "logits":
+            raise RouteError("cells cannot be scored with seam 'logits'")
         layers, shape = LayerRange(runner, vllm_config) if scorer is None else scorer.layers, controller.shape
         limits = vllm_config.scheduler_config.max_num_seqs, vllm_config.scheduler_config.max_num_batched_tokens
         sweeps = SweepRunner(layers, shape, controller.bindings, Scoring(vllm_config.model_config.get_vocab_size()))

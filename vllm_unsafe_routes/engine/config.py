@@ -20,6 +20,7 @@ from ..wire import PLAN_KEY, reject_unknown_keys
 
 CONFIG_KEY = "unsafe_routes"
 GATING_CHOICES = ("native", "fused")
+SEAMS = ("auto", "logits")
 # Every label is as many counters again as the model has experts.
 _MAX_USAGE_LABELS = 32
 _USAGE_LABEL = re.compile(r"[\w.:/-]{1,64}")
@@ -38,6 +39,8 @@ class RouteConfig:
         route_table_slots: requests with a plan that may be in the scheduler at one time; more wait outside.
         gating: "native": the model's own gating runs first and only directed tokens are rewritten, so undirected tokens are
             bit for bit the model's own. "fused": one kernel replaces the gating of every token (Triton on GPUs).
+        seam: "auto": a layer is controlled at its router; by a policy alone also at its logits, where its kernel routes inside
+            itself. "logits": every layer at its logits, by policies and by plans that only mask.
         jitter: noise on router logits as `Jitter.to_dict`, or None.
         usage: a list: how often experts are picked is counted, and by these labels too, which requests may bring; None: it is not.
         score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
@@ -51,6 +54,7 @@ class RouteConfig:
     route_table_cells: int = 1 << 22
     route_table_slots: int = 4096
     gating: str = "native"
+    seam: str = "auto"
     jitter: Mapping[str, Any] | None = None
     usage: Sequence[str] | None = None
     score_blocks: int | None = None
@@ -95,8 +99,11 @@ class RouteConfig:
             raise RouteError(f"score_blocks must be an integer of at least 3, or null, got {blocks!r}")
         if values.get("usage") is not None:
             values["usage"] = _usage_labels(values["usage"])
-        if values.get("gating", "native") not in GATING_CHOICES:
-            raise RouteError(f"gating {values['gating']!r} is not one of {', '.join(GATING_CHOICES)}")
+        for name, choices in (("gating", GATING_CHOICES), ("seam", SEAMS)):
+            if values.get(name, choices[0]) not in choices:
+                raise RouteError(f"{name} {values[name]!r} is not one of {', '.join(choices)}")
+        if values.get("seam") == "logits" and (values.get("gating") == "fused" or values.get("usage") is not None):
+            raise RouteError("gating 'fused' and usage need routers, which nobody asks with seam 'logits'")
         if values.get("jitter") is not None:
             values["jitter"] = Jitter.from_dict(values["jitter"]).to_dict()
         return cls(**values)
@@ -131,6 +138,8 @@ class RouteConfig:
         active = self.active_policy() if active is None else active
         if active.policy is not None:
             active.policy.validate(shape)
+            if self.seam == "logits" and active.policy.weights == "native":
+                raise RouteError("policy weights 'native' cannot be kept with seam 'logits'")
         jitter = self.load_jitter()
         if jitter is not None:
             jitter.validate(shape)

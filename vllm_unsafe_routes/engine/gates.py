@@ -6,8 +6,8 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 
 from ..shape import ModelShape
+from .bind import moe_runners
 from .log import logger_of
-from .router import moe_runners
 
 logger = logger_of(__name__)
 

@@ -17,11 +17,13 @@ from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..errors import RouteError
+from .bind import check_layer, experts_of, moe_runners
 from .config import CONFIG_KEY, model_shape, route_config
-from .router import check_layer, moe_runners
+from .router import RouterHooks, RouterState
 from .worker import RouteController
 
 _LOCALHOST = "127.0.0.1"
+_POLICY_ALONE = RouterHooks(0, RouterState(), False, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class LayerVerdict:
         name: the layer's place in the model.
         router: class of its router.
         experts: class of its expert kernels.
+        at_logits: it is controlled at its logits if its kernel passes the probe at start, and for policies alone.
         refused: why it cannot be controlled; None: it can.
 
     """
@@ -41,6 +44,7 @@ class LayerVerdict:
     name: str
     router: str
     experts: str
+    at_logits: bool
     refused: str | None
 
 
@@ -81,19 +85,15 @@ def examine_layers(model: torch.nn.Module, vllm_config: Any) -> list[LayerVerdic
     shape = model_shape(vllm_config)
     verdicts = []
     for name, runner in moe_runners(model):
-        refused = None
+        refused, at_logits = None, False
         try:
-            check_layer(runner, shape)
+            at_logits = check_layer(runner, shape, _POLICY_ALONE).at_logits
         except RouteError as error:
             refused = str(error)
-        verdicts.append(LayerVerdict(int(runner.layer_id), name, type(runner.router).__name__, experts_of(runner), refused))
+        verdicts.append(
+            LayerVerdict(int(runner.layer_id), name, type(runner.router).__name__, experts_of(runner), at_logits, refused)
+        )
     return verdicts
-
-
-def experts_of(runner: Any) -> str:
-    """Class of a MoE layer's expert kernels, or of its quantisation method where that has no other."""
-    method = runner.routed_experts.quant_method
-    return (getattr(method, "experts_cls", None) or type(method)).__name__
 
 
 def bind(model: torch.nn.Module, vllm_config: Any, settings: dict[str, Any]) -> RouteController:

@@ -60,7 +60,7 @@ def register() -> None:
         (symbols.V2_INPUTS, _v2_prepare_inputs),
     ):
         _wrap(symbol, wrapper)
-    added = (_replace_policy, _status, _use_policy, _counts, _usage, _read_usage, _score_cells, _score_worker_cells)
+    added = (_replace_policy, _status, _use_policy, _check_policy, _counts, _usage, _read_usage, _score_cells, _score_worker_cells)
     for symbol, method in zip(symbols.ADDED, added, strict=True):
         symbol.add(method)
 
@@ -359,6 +359,12 @@ def _use_policy(self: Any, document: dict[str, Any], planned: list[str]) -> None
     from .worker import replace_worker_policy
 
     replace_worker_policy(self, document, planned)
+
+
+def _check_policy(self: Any, document: dict[str, Any]) -> Any:
+    from .worker import check_worker_policy
+
+    return check_worker_policy(self, document)
 
 
 def _counts(self: Any) -> Any:

@@ -11,6 +11,7 @@ from vllm_unsafe_routes.kernels.route_topk import uses_triton
 
 from ..compiled import NO_ROW
 from ..compiler import PlanCompiler
+from ..errors import RouteError
 from ..policy import ActivePolicy
 from ..shape import ModelShape
 from .config import RouteConfig
@@ -60,8 +61,21 @@ class PolicyRows:
         """Whether the policy changes any route."""
         return bool(self._contents)
 
+    def refusal(self, active: ActivePolicy) -> str | None:
+        """Why a policy cannot be kept at a layer of this worker; None: it can."""
+        native = active.policy is not None and active.policy.weights == "native"
+        for slot, binding in self._bindings.items():
+            banned = banned_experts(self._shape, active, [slot])[0]
+            reason = binding.refusal(banned, native) if banned.any() else None
+            if reason is not None:
+                return f"policy layer {self._shape.moe_layers[slot]}: {reason}"
+        return None
+
     def start(self, active: ActivePolicy) -> None:
-        """Put another policy's rows in the place of the present ones."""
+        """Put another policy's rows in the place of the present ones. Raises `RouteError` if it cannot be kept."""
+        reason = self.refusal(active)
+        if reason is not None:
+            raise RouteError(reason)
         self._table.release(self._contents)
         self.compiler = self._config.compiler(self._shape, active)
         contents = self.compiler.policy_rows()
@@ -72,6 +86,9 @@ class PolicyRows:
                 self.row_of[slot] = self._table.acquire([content])[0]
         self._index.start_policy(self.row_of)
         self.native_weights = active.policy is not None and active.policy.weights == "native"
+        enforced = ActivePolicy(active.enforced)
+        for slot, binding in self._bindings.items():
+            binding.use_policy(banned_experts(self._shape, enforced, [slot])[0])
         self.masks = {
             slot: banned_experts(self._shape, active, [slot])
             for slot, binding in self._bindings.items()

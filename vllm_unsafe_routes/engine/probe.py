@@ -15,6 +15,10 @@ from vllm_unsafe_routes.kernels.spec import GatingSpec
 
 # Router logits [num_tokens, num_experts] and correction bias, float [num_experts] or None -> weights and ids [num_tokens, top_k].
 Native = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+# The same -> output of the experts, [num_tokens, hidden_size].
+Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+# No case has more tokens.
+MOST_TOKENS = 32
 
 _SEED = 7
 
@@ -127,6 +131,54 @@ def probe(native: Native, spec: GatingSpec, has_bias: bool, device: torch.device
             if fault is not None:
                 return f"{kind}, {case.name}: {fault}"
     return None
+
+
+def probe_outputs(
+    forward: Forward,
+    poison: Callable[[torch.Tensor], bool],
+    spec: GatingSpec,
+    has_bias: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Ask a kernel that routes inside itself: nothing may change in its output when the weights of banned experts do.
+
+    Args:
+        forward: the kernel, at fixed hidden states.
+        poison: changes the weights of banned experts, bool [num_experts], or changes them back; returns whether there are any here.
+        spec: how it is believed to gate.
+        has_bias: whether it takes a correction bias.
+        device: where it runs.
+        dtype: of its router logits.
+
+    Returns:
+        The first failure, or None: no banned expert had part in any output.
+
+    """
+    is_seen = False
+    for case in hostile_cases(spec, has_bias, dtype, device):
+        masked = case.masked(spec.scoring)
+        # Banned experts at work, to see that poison is seen at all.
+        control = torch.where(case.banned, 20.0, -20.0).to(dtype).expand_as(case.logits).contiguous()
+        no_bias = None if case.bias is None else torch.zeros_like(case.bias)
+        output, at_work = forward(*masked), forward(control, no_bias)
+        if not _same(output, forward(*masked)).all():
+            return f"{case.name}: its output is not repeatable, so nothing can be said"
+        is_here = poison(case.banned)
+        try:
+            poisoned, seen = forward(*masked), forward(control, no_bias)
+        finally:
+            poison(case.banned)
+        for kind, is_same in zip(case.kinds, _same(output, poisoned).tolist(), strict=True):
+            if not is_same:
+                return f"{kind}, {case.name}: a banned expert has part in its output"
+        is_seen = is_seen or (is_here and not _same(at_work, seen).all())
+    return None if is_seen else "its experts' weights cannot be found, so nothing can be said"
+
+
+def _same(output: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool [num_tokens]: equal to the bit, or NaN in both."""
+    return ((output == other) | (output.isnan() & other.isnan())).all(1)
 
 
 def _fault(ids: torch.Tensor, weights: torch.Tensor, banned: torch.Tensor) -> str | None:

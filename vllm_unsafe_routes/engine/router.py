@@ -1,28 +1,25 @@
-"""The router binding: every MoE layer of a model, or none.
+"""The seam at the router: how routers gate, and how a bound one is called.
 
 Each bound router's `_compute_routing` lets the model's own gating run and then has the route kernel rewrite the tokens that
-have a row. It works on logical expert ids, before vLLM's capture and before expert-parallel load balancing. Whatever cannot
-be controlled stops the engine here.
+have a row. It works on logical expert ids, before vLLM's capture and before expert-parallel load balancing.
 """
 
 from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import vllm.envs as envs
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_unsafe_routes.kernels.reference import finite, soft_wishes, steer
 from vllm_unsafe_routes.kernels.route_topk import route_topk
@@ -30,19 +27,9 @@ from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu
 from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, RouteWatch, unpack_allowed
 
 from ..errors import RouteError
-from ..shape import ModelShape
-from .backends import modular_backends
 
-OFF_HELP = "serve the model without a policy and without overrides, or set VLLM_UNSAFE_ROUTES_DISABLE=1"
 # Classes whose own gating leaves padded tokens out (ids -1) if vLLM says which these are.
 _SKIP_PADDING = (FusedTopKRouter, FusedTopKBiasRouter)
-# MoE layers whose every path to the experts was read: it asks the router. The classes are named, because two of their modules
-# import what only some platforms have.
-_RUNNERS = (
-    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner",
-    "vllm.model_executor.models.transformers.moe.TransformersMoERunner",
-    "vllm.models.kimi_k3.nvidia.latent_moe_runner.LatentMoERunner",
-)
 # Custom routing functions whose meaning is a plain gating: elementwise sigmoid of the selected logits.
 _SIGMOID_FUNCTIONS = {
     "Llama4MoE.custom_routing_function": False,  # never renormalises
@@ -157,6 +144,9 @@ class RouterHooks(NamedTuple):
         state: what it reads on every call.
         fused: one kernel replaces the gating, where the gating is known.
         jittered_slots: MoE slots with noise on their logits.
+        at_logits: every layer is controlled at its logits.
+        has_plans: requests may bring plans.
+        has_usage: picks are counted.
 
     """
 
@@ -164,6 +154,9 @@ class RouterHooks(NamedTuple):
     state: RouterState
     fused: bool
     jittered_slots: frozenset[int]
+    at_logits: bool = False
+    has_plans: bool = False
+    has_usage: bool = False
 
 
 class Routing(NamedTuple):
@@ -284,6 +277,13 @@ class LayerBinding:
         routing.keep_routes()
         routing.leave_mark()
 
+    def use_policy(self, banned: torch.Tensor) -> None:
+        """Another policy bans these experts here, bool [num_experts], from now on; the rows of the table say so as well."""
+
+    def refusal(self, banned: torch.Tensor, native_weights: bool) -> str | None:
+        """Why a policy with these bans, bool [num_experts], cannot be kept here."""
+        return None
+
     @property
     def has_mask_path(self) -> bool:
         """Whether `mask` knows this gating."""
@@ -374,85 +374,17 @@ def _(router_logits: torch.Tensor, handle: int, slot: int) -> torch.Tensor:
     return torch.empty_like(router_logits, memory_format=torch.contiguous_format)
 
 
-def bind_routers(model: torch.nn.Module, shape: ModelShape, hooks: RouterHooks, layers: range) -> Mapping[int, LayerBinding]:
-    """Take control of every MoE layer of a loaded model.
-
-    Args:
-        model: the loaded model.
-        shape: what the front end believes the model to be.
-        hooks: what the routers need of their controller.
-        layers: decoder layers that this pipeline rank holds.
-
-    Returns:
-        MoE slot -> binding.
-
-    Raises:
-        RouteError: a layer cannot be controlled, or the model has other MoE layers than `shape` says.
-
-    """
-    bindings: dict[int, LayerBinding] = {}
-    for name, runner in moe_runners(model):
-        layer = int(runner.layer_id)
-        try:
-            gating = check_layer(runner, shape)
-            slot = shape.slot_of_layer[layer]
-            if slot in bindings:
-                raise RouteError("the layer has a second router")
-        except RouteError as error:
-            raise RouteError(f"MoE layer {layer} ({name}): {error}; {OFF_HELP}") from None
-        binding = bindings[slot] = LayerBinding(runner.router, gating, hooks.fused)
-        _wrap_compute_routing(runner.router, binding, slot, hooks)
-    missing = [layer for layer in shape.moe_layers if layer in layers and shape.slot_of_layer[layer] not in bindings]
-    if missing:
-        raise RouteError(f"MoE layer {missing[0]} has no router that could be found in {type(model).__name__}; {OFF_HELP}")
-    return bindings
+def jittered_logits(router_logits: torch.Tensor, handle: int, slot: int) -> torch.Tensor:
+    """A layer's logits with this step's noise, in traced code and else."""
+    if torch.compiler.is_compiling():
+        jittered: torch.Tensor = torch.ops.unsafe_routes.jitter_router_logits(router_logits, handle, slot)
+    else:
+        jittered = controllers[handle].jitter(slot, router_logits)
+    return jittered
 
 
-def moe_runners(model: torch.nn.Module) -> Iterator[tuple[str, MoERunner]]:
-    """Name and module of each MoE layer."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoERunner))
-
-
-def check_layer(runner: Any, shape: ModelShape) -> Gating:
-    """How a MoE layer gates; changes nothing.
-
-    Raises:
-        RouteError: it cannot be controlled.
-
-    """
-    if int(runner.layer_id) not in shape.slot_of_layer:
-        raise RouteError(f"the model's config does not announce it; MoE layers by config are {shape.describe_layers()}")
-    kind = type(runner)
-    if f"{kind.__module__}.{kind.__qualname__}" not in _RUNNERS:
-        raise RouteError(f"MoE runner {kind.__name__} is not a class known here: it may reach its experts without the router")
-    if runner.routed_experts.quant_method.is_monolithic:
-        method = type(runner.routed_experts.quant_method)
-        raise RouteError(
-            f"the monolithic expert kernel of {method.__name__} routes inside itself and cannot be controlled; "
-            f"choose a modular one with --moe-backend {' or '.join(modular_backends(method))}"
-        )
-    if runner.do_naive_dispatch_combine:
-        method = type(runner.routed_experts.quant_method)
-        raise RouteError(f"{method.__name__} gathers the tokens of all data-parallel ranks before routing, which nobody has tried")
-    router = runner.router
-    if not isinstance(router, BaseRouter):
-        raise RouteError(f"router {type(router).__name__} is not a BaseRouter")
-    try:
-        gating = gating_of(router, shape.num_experts)
-    except RouteError as error:
-        raise RouteError(f"router {type(router).__name__} {error}") from None
-    # Expert-parallel load balancing adds physical copies; the router still scores logical experts.
-    if router.top_k != shape.top_k or router.global_num_experts < shape.num_experts:
-        raise RouteError(
-            f"the router picks {router.top_k} of {router.global_num_experts} experts, the model's config says "
-            f"{shape.top_k} of {shape.num_experts}"
-        )
-    if gating.spec is None and shape.native_weights:
-        raise RouteError(f"its routing function has no native weights, which model_type {shape.model_type!r} should have")
-    return gating
-
-
-def _wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: RouterHooks) -> None:
+def wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: RouterHooks) -> None:
+    """Have a router ask its controller, MoE layer `slot`, for every batch."""
     own = router._compute_routing
     handle, state = hooks.handle, hooks.state
     fused, jittered, top_k = binding.fused, slot in hooks.jittered_slots, router.top_k
@@ -466,10 +398,7 @@ def _wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: 
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if jittered:
-            if torch.compiler.is_compiling():
-                router_logits = torch.ops.unsafe_routes.jitter_router_logits(router_logits, handle, slot)
-            else:
-                router_logits = controllers[handle].jitter(slot, router_logits)
+            router_logits = jittered_logits(router_logits, handle, slot)
         if fused:
             shape = (router_logits.shape[0], top_k)
             topk_weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)

@@ -5,6 +5,7 @@ engine core's own thread, between steps. The order of a swap, and why nothing mi
 
 1. The new policy is checked. A bad one ends here; nothing has happened.
 2. The scheduler pauses as vLLM pauses it for new weights: steps that are on their way end under the old policy, nothing new starts.
+   Workers are asked whether their kernels can keep the new one.
 3. All running requests are preempted and the prefix cache is emptied: no KV computed under the old policy is left.
 4. Plans are compiled and KV blocks are keyed again under the new policy. A request whose plan it does not permit ends with
    finish reason "abort" and the reason in `stop_reason`.
@@ -39,6 +40,7 @@ logger = logger_of(__name__)
 REPLACE_METHOD = "unsafe_routes_replace_policy"
 STATUS_METHOD = "unsafe_routes_status"
 WORKER_REPLACE_METHOD = "unsafe_routes_use_policy"
+WORKER_CHECK_METHOD = "unsafe_routes_check_policy"
 WORKER_COUNTS_METHOD = "unsafe_routes_counts"
 # Kinds of failure that a caller may want to tell apart.
 BAD_POLICY, CONFLICT = "bad_policy", "conflict"
@@ -115,6 +117,10 @@ def _finish(core: Any, admission: Any, active: ActivePolicy, compiler: Any, befo
         try:
             if paused is not None:
                 paused.result()
+            for reason in core.model_executor.collective_rpc(WORKER_CHECK_METHOD, args=(active.to_dict(),)):
+                if reason is not None:
+                    core.scheduler.set_pause_state(before)
+                    return {"error": reason, "kind": BAD_POLICY}
             num_running = len(core.scheduler.running)
             core.reset_prefix_cache(reset_running_requests=True)
         except Exception as error:

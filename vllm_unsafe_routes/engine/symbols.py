@@ -185,6 +185,7 @@ ADDED = (
     Symbol(
         "vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_use_policy", ("self", "document", "planned"), "write a policy's rows"
     ),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_check_policy", ("self", "document"), "can its kernels keep a policy"),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_counts", ("self",), "what was counted so far"),
     Symbol("vllm.v1.engine.core", "EngineCore.unsafe_routes_usage", ("self", "ask"), "how often experts were picked"),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.unsafe_routes_read_usage", ("self", "wait"), "how often experts were picked"),

@@ -19,8 +19,8 @@ from vllm_unsafe_routes.kernels.spec import RouteWatch
 
 from ..errors import RouteError
 from ..shape import ModelShape
+from .bind import OFF_HELP
 from .mirrored import Mirrored
-from .router import OFF_HELP
 from .step import NO_STEP, Step
 from .sums import DeviceSums
 

@@ -19,6 +19,7 @@ from ..extras import RouteExtras
 from ..policy import ActivePolicy
 from ..shape import ModelShape
 from .attributes import CONTROLLER
+from .bind import bind_routers
 from .capture import RouteCapture
 from .config import RouteConfig, model_shape
 from .counts import PolicyCounts
@@ -29,7 +30,7 @@ from .jitter import LogitJitter
 from .log import logger_of
 from .policy_rows import PolicyRows
 from .progress import RouteCounts, StepReport
-from .router import RouterHooks, RouterState, Routing, bind_routers, controllers
+from .router import RouterHooks, RouterState, Routing, controllers
 from .row_index import RowIndex
 from .scoring import Scoring
 from .step import NO_PLAN_SLOT, NO_STEP, Requests, Resident
@@ -77,12 +78,7 @@ class RouteController:
         self._jitter = None if jitter is None else LogitJitter(jitter, shape, self._index, state.always)
 
         layers = _pipeline_layers(vllm_config)
-        hooks = RouterHooks(
-            handle=next(_handles),
-            state=state,
-            fused=config.gating == "fused",
-            jittered_slots=frozenset() if self._jitter is None else self._jitter.slots,
-        )
+        hooks = _hooks(config, state, self._jitter)
         controllers[hooks.handle] = self
         self.bindings = bind_routers(model, shape, hooks, layers)
         warn_of_gates(model, shape, device)
@@ -265,6 +261,11 @@ def replace_worker_policy(worker: Any, document: dict[str, Any], planned: list[s
     controller_of(worker).replace_policy(ActivePolicy.from_dict(document), frozenset(planned))
 
 
+def check_worker_policy(worker: Any, document: dict[str, Any]) -> str | None:
+    """`PolicyRows.refusal` of a vLLM worker; called over `collective_rpc`."""
+    return controller_of(worker).policy.refusal(ActivePolicy.from_dict(document))
+
+
 def worker_counts(worker: Any) -> RouteCounts:
     """`RouteController.counts` of a vLLM worker; called over `collective_rpc`."""
     return controller_of(worker).counts()
@@ -282,6 +283,18 @@ def controller_of(worker: Any) -> RouteController:
     if controller is None:
         raise RouteError("this worker has no route control")
     return controller
+
+
+def _hooks(config: RouteConfig, state: RouterState, jitter: LogitJitter | None) -> RouterHooks:
+    return RouterHooks(
+        handle=next(_handles),
+        state=state,
+        fused=config.gating == "fused",
+        jittered_slots=frozenset() if jitter is None else jitter.slots,
+        at_logits=config.seam == "logits",
+        has_plans=config.allow_overrides,
+        has_usage=config.usage is not None,
+    )
 
 
 def _capacity(vllm_config: Any) -> int:
