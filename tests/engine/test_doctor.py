@@ -38,6 +38,10 @@ def test_the_lab_model_would_be_bound():
     layers = [line for line in lines if line.startswith("layer ")]
     config = json.loads((model_path() / "config.json").read_text())
     assert len(layers) == config["num_hidden_layers"]
+    assert any(
+        line.startswith("--moe-backend flashinfer_trtllm") and "TrtLlmBf16ExpertsMonolithic (at its logits" in line
+        for line in lines
+    )
     assert all(line.endswith(": bound") and "CPURouter" in line for line in layers)
     assert lines[-1] == "route control would work"
 

@@ -248,7 +248,7 @@ def test_the_advised_backends_are_modular_by_vllm_s_own_selection():
     assert any(kernel.is_monolithic() for kernel in kernels(mxfp4, "triton"))
     of = {mxfp4: "GptOssMxfp4MoEMethod", nvfp4: "ModelOptNvFp4FusedMoE"}
     for oracle in (fp8, int8, int_wna16, mxfp4, nvfp4, unquantized):
-        for backend in modular_backends(type(of.get(oracle, "Fp8MoEMethod"), (), {})):
+        for backend in modular_backends(type(of.get(oracle, "Fp8MoEMethod"), (), {})()):
             found = list(kernels(oracle, backend))
             assert found and not any(kernel.is_monolithic() for kernel in found), (oracle.__name__, backend)
 

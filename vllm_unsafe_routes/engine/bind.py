@@ -107,7 +107,7 @@ def experts_of(runner: Any) -> str:
 
 
 def _advice(runner: Any) -> str:
-    return f"--moe-backend {' or '.join(modular_backends(type(runner.routed_experts.quant_method)))}"
+    return f"--moe-backend {' or '.join(modular_backends(runner.routed_experts.quant_method))}"
 
 
 def check_layer(runner: Any, shape: ModelShape, hooks: RouterHooks) -> Seam:

@@ -141,10 +141,29 @@ def _examine_model(report: Report, model: str) -> None:
             if layer.at_logits:
                 verdict = "for policies alone, at its logits, if its kernel obeys the probe at start"
             report.facts.append((f"layer {layer.layer}", f"{layer.router}, {layer.experts}: {verdict}"))
+        report.facts += _kernels(built)
         at_logits = any(layer.at_logits for layer in layers)
         bind(built, vllm_config, {"policy": _NO_BANS} if at_logits else {"allow_overrides": True})
     except RouteError as error:
         report.problems.append(str(error))
+
+
+def _kernels(model: Any) -> list[tuple[str, str]]:
+    """What each value of --moe-backend would choose among for the model's expert weights, and where that is controlled."""
+    from .backends import kernels, oracle_of
+    from .bind import moe_runners
+
+    methods = {type(method): method for _, runner in moe_runners(model) for method in [runner.routed_experts.quant_method]}
+    facts = []
+    for kind, method in methods.items():
+        oracle = oracle_of(method)
+        said: dict[str, list[str]] = {}
+        for kernel in () if oracle is None else kernels(oracle):
+            seam = "at its logits" if kernel.at_logits else "at the router"
+            where = "" if kernel.runs_here else ", not on this device"
+            said.setdefault(kernel.backend, []).append(f"{kernel.name} ({seam}{where})")
+        facts += [(f"--moe-backend {backend}", f"{kind.__name__}: {', else '.join(names)}") for backend, names in said.items()]
+    return facts
 
 
 def _runner(vllm_config: Any) -> str:
