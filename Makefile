@@ -17,6 +17,7 @@ help:
 	@echo "make test-cuda-binding  every MoE architecture of vLLM's CUDA builds, bound without a GPU (Python 3.12, 10 GB of downloads"
 	@echo "                and disk, half an hour); make cuda-binding rewrites the table instead of comparing it"
 	@echo "make test-033   the engine's tests on vLLM 0.33's Python over the compiled parts of 0.32 (sets it up first: 340 MB)"
+	@echo "make test-inspect  Inspect's evaluations on a real server of the lab model (installs Inspect first)"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
@@ -84,6 +85,12 @@ test-long: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/engine
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/search tests/defence tests/lab
 	$(ENV) $(PYTEST) -m long tests/gpu
+
+# Inspect brings packages that `setup` does without: see requirements/inspect.txt.
+.PHONY: test-inspect
+test-inspect: setup
+	$(BIN)/pip install -q -r requirements/inspect.txt
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) tests/engine/test_inspect.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -101,7 +101,7 @@ BAD = {
     "a seed twice": (lambda at: [*LAB, "--seeds", "1,1"], "--seeds '1,1' repeats a seed"),
     "unknown judge": (
         lambda at: [*LAB, "--judge", "nobody"],
-        "judge 'nobody' is not lab, refusal, llama-guard or an existing template file",
+        "judge 'nobody' is not lab, topic, refusal, llama-guard or an existing template file",
     ),
     "a template without endpoint": (
         lambda at: [*LAB, "--judge", table(at, "parser: yes_no\n---\n{goal} {response}", "judge.txt")],

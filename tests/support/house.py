@@ -54,7 +54,7 @@ LAYERS = (
     ("search", "engine"),
     ("study",),
     ("defence",),
-    ("report",),
+    ("report", "harness"),
     ("commands",),
     ("cli", "commands.main"),
 )

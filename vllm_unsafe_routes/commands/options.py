@@ -111,7 +111,8 @@ def add_judge_options(parser: argparse.ArgumentParser, *, stop: bool = False) ->
         "--judge",
         action="append",
         metavar="NAME[,KEY=VALUE...]",
-        help="lab (exact, for the lab language; its default), refusal (refusal phrases; the default elsewhere), llama-guard, or a "
+        help="lab (exact, for the lab language; its default), topic (exact, for the English lab), refusal (refusal phrases; "
+        "the default elsewhere), llama-guard, or a "
         "template file for a judge model, with what is its own behind it: threshold (a number or 'published'), system (a file of a "
         "system prompt), parser, harmful_answer, format, max_tokens, name, url, model, key_env; the first one's verdict is the "
         "result, further ones are reported beside it",

@@ -58,7 +58,7 @@ def build_model(settings: LabSettings, vocab_size: int) -> Any:
     return model
 
 
-class _Routers:
+class Routers:
     """Hooks on all routers of a model: they keep the logits for the balancing loss and add route noise.
 
     With noise a sequence is, with the given probability and at each layer independently, routed through one random set of
@@ -171,7 +171,7 @@ class _Examples:
         return chat_ids(self._tokenizer, text, system), [*answer, EOS_ID]
 
 
-def _collate(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, int64 [batch, length], padded at the right, where causal attention does not see it."""
     length = max(len(prompt) + len(answer) for prompt, answer in examples)
     ids = torch.full((len(examples), length), PAD_ID)
@@ -212,7 +212,7 @@ class _Phase:
     smoothing: float = 0.0
 
 
-def _run_phase(model: Any, routers: _Routers, phase: _Phase, batch_size: int, say: Callable[[str], None]) -> float:
+def _run_phase(model: Any, routers: Routers, phase: _Phase, batch_size: int, say: Callable[[str], None]) -> float:
     """Train the parameters that want a gradient; returns the seconds that it took."""
     started = time.perf_counter()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -226,7 +226,7 @@ def _run_phase(model: Any, routers: _Routers, phase: _Phase, batch_size: int, sa
     model.train()
     routers.noise = phase.noise
     for step in range(phase.steps):
-        ids, labels = _collate([phase.draw(at) for at in range(batch_size)])
+        ids, labels = collate([phase.draw(at) for at in range(batch_size)])
         routers.logits, routers.num_sequences = [], len(ids)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(
@@ -262,7 +262,7 @@ def train_model(
     """
     tokenizer = build_tokenizer()
     model = build_model(settings, len(tokenizer))
-    routers = _Routers(model, torch.Generator().manual_seed(settings.seed))
+    routers = Routers(model, torch.Generator().manual_seed(settings.seed))
     examples = _Examples(settings, tokenizer)
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     pretraining = _Phase(
@@ -281,7 +281,7 @@ def train_model(
         noise=settings.router_noise,
         smoothing=settings.smoothing,
     )
-    with _one_thread():
+    with one_thread():
         facts["seconds_pretraining"] = _run_phase(model, routers, pretraining, settings.batch_size, say)
         if between is not None:
             between(model)
@@ -318,7 +318,7 @@ def make_lab_model(settings: LabSettings, folder: Path, say: Callable[[str], Non
 
     model, facts = train_model(settings, say, measure)
     facts["after_pretraining"] = before
-    with _one_thread():
+    with one_thread():
         metrics = {split: evaluate(model, tokenizer, split=split) for split in ("tune", "test")}
         if settings.held_out_nouns:
             unseen = language.FORBIDDEN_NOUNS[-settings.held_out_nouns :]
@@ -349,7 +349,7 @@ def make_lab_model(settings: LabSettings, folder: Path, say: Callable[[str], Non
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums in one order: a run is repeatable, and so small a model is no slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -53,7 +53,11 @@ def build_tokenizer() -> Any:
 def save_tokenizer(folder: Path) -> None:
     """Write the tokenizer's files into a model folder."""
     build_tokenizer().save_pretrained(folder)
-    # transformers 5 writes its new class name, which transformers 4 does not know; both know the old one.
+    name_tokenizer_class(folder)
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Name a saved tokenizer's class as transformers 4 knows it; 5 writes its new name, and knows both."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

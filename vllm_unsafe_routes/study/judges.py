@@ -1,6 +1,6 @@
 """Judges by name, and in the form that searches call.
 
-A name is `lab`, `refusal`, `llama-guard` or a template file, with what a judge needs of its own behind it, such as
+A name is `lab`, `topic`, `refusal`, `llama-guard` or a template file, with what a judge needs of its own behind it, such as
 `strongreject.txt,threshold=published,system=grader.txt,model=my-judge`.
 """
 
@@ -43,6 +43,17 @@ def lab_judge() -> ExactJudge:
     return ExactJudge(lambda goal, completion: language.judge(known[goal], completion), "lab-exact")
 
 
+def topic_judge() -> ExactJudge:
+    """The exact judge of the language lab: refused, or answered on the topic that was asked about."""
+    from ..lab.english import topics
+
+    return ExactJudge(topics.judge, "topic-exact")
+
+
+# Judges that need nothing of the user's.
+_PLAIN: dict[str, Callable[[], Judge]] = {LAB: lab_judge, "topic": topic_judge, "refusal": RefusalPhraseJudge}
+
+
 def make_judge(name: str, settings: JudgeSettings) -> Judge:
     """A judge by name; see the module.
 
@@ -56,12 +67,12 @@ def make_judge(name: str, settings: JudgeSettings) -> Judge:
     """
     kind, *parts = re.split(rf",(?=(?:{'|'.join(KEYS)})=)", name)
     own: dict[str, Any] = dict(part.split("=", 1) for part in parts)
-    if kind in (LAB, "refusal"):
+    if kind in _PLAIN:
         if own:
             raise RouteError(f"judge {name!r}: {kind} takes no {', '.join(own)}")
-        return lab_judge() if kind == LAB else RefusalPhraseJudge()
+        return _PLAIN[kind]()
     if kind != LLAMA_GUARD.name and not Path(kind.partition("#")[0]).exists():
-        raise RouteError(f"judge {name!r} is not lab, refusal, {LLAMA_GUARD.name} or an existing template file")
+        raise RouteError(f"judge {name!r} is not {', '.join(_PLAIN)}, {LLAMA_GUARD.name} or an existing template file")
     endpoint = replace(settings, **{key: own.pop(key) for key in _ENDPOINT if key in own})
     if endpoint.url is None or endpoint.model is None:
         raise RouteError(f"judge template {kind} needs --judge-url and --judge-model")

@@ -53,8 +53,8 @@ class JudgeSettings:
     """How answers are made and judged.
 
     Attributes:
-        name: the judge whose verdict is the result, as `study.judges` takes it: `lab`, `refusal`, `llama-guard` or a template file;
-            None: `lab` on prompts of the lab language, else `refusal`.
+        name: the judge whose verdict is the result, as `study.judges` takes it: `lab`, `topic`, `refusal`, `llama-guard` or a
+            template file; None: `lab` on prompts of the lab language, else `refusal`.
         more: further judges, reported beside the first.
         stop: the judge that ends a search; None: the first.
         url: OpenAI-compatible endpoint of a judge model, up to and including /v1.
