@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
+import shutil
 import struct
+import subprocess
 import zlib
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -309,6 +312,16 @@ class TestSearches:
         assert entry["counts"] == [[0, 1, 0, 0, 1], [0, 0, 0, 0, 1]]
         assert entry["reaching"] == [1, 2, 2, 2, 2]
         assert (entry["searches"], entry["successes"], entry["accepted"]) == (2, 1, 3)
+
+    def test_the_gallery_shows_each_accepted_route_with_its_experts_and_gain(self, tmp_path):
+        (entry,) = collect(load_runs([fsour_run(tmp_path / "f")]))["gallery"]
+        won, lost = entry["searches"]
+        assert (won["prompt"], won["success"], lost["success"]) == ("q-1", True, False)
+        assert won["cells"] == {"0": {"3": {"experts": [1, 2], "gain": 0.5, "strength": 1.0}}}
+        # What succeeded is left out, what was refused is shown.
+        assert (won["answer"], lost["answer"]) == (None, HARMLESS)
+        (kept,) = collect(load_runs([tmp_path / "f"]), keep_completions=True)["gallery"]
+        assert kept["searches"][0]["answer"] == HARMFUL
 
     def test_experts(self, tmp_path):
         layer, _ = numbers(fsour_run(tmp_path / "run"))["experts"]
@@ -627,3 +640,43 @@ class TestCommand:
         assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
         assert capsys.readouterr().err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# The page in a frame of 400 pixels, looked at by a script; the page itself has none.
+LOOK = """<iframe id="page" style="width: 400px; height: 800px; border: 0"></iframe><script>
+const frame = document.getElementById("page");
+frame.onload = () => {
+  const page = frame.contentDocument, marks = [...page.querySelectorAll("td.hit")];
+  if (!marks.length) return;
+  const shown = (mark) => frame.contentWindow.getComputedStyle(mark.querySelector(".tip")).display;
+  const before = shown(marks[0]);
+  frame.contentWindow.focus(); marks[0].focus();
+  const tip = marks[0].querySelector(".tip").getBoundingClientRect();
+  const found = {width: page.documentElement.scrollWidth, marks: marks.length, reachable: marks.every((one) => one.tabIndex === 0),
+    before, after: page.activeElement === marks[0] ? shown(marks[0]) : "no focus", tip: [tip.left, tip.right, tip.bottom],
+    text: marks[0].innerText};
+  document.body.insertAdjacentHTML("beforeend", `<pre id="found">${JSON.stringify(found)}</pre>`);
+};
+frame.srcdoc = PAGE;
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_fits_a_phone_and_the_gallery_can_be_reached_by_key(tmp_path):
+    page = write_report(collect(load_runs([fsour_run(tmp_path / "f")])), tmp_path / "out")
+    look = tmp_path / "look.html"
+    text = json.dumps(page.read_text(encoding="utf-8")).replace("</", "<\\/")
+    look.write_text(f"<!doctype html><body>{LOOK.replace('PAGE', text)}", encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={tmp_path / 'chromium'}"]
+    command += ["--window-size=800,900", "--virtual-time-budget=10000", "--dump-dom", look.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(html.unescape(re.search(r'<pre id="found">({.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    assert found["width"] <= 400
+    assert found["marks"] == 3 and found["reachable"]
+    assert (found["before"], found["after"]) == ("none", "block")
+    left, right, bottom = found["tip"]
+    assert left >= 0 and right <= 400 and bottom <= 800
+    assert "experts 1, 2" in found["text"] and "nats" in found["text"]
+    assert "CONSOLE" not in done.stderr

@@ -10,6 +10,7 @@ from ..study.controls import controls_summary
 from ..study.records import Controls, Fsour, Rosais
 from .answers import completions
 from .costs import costs, machine
+from .gallery import gallery
 from .layers import rosais
 from .prompts import by_prompt, prompt_sets
 from .rates import attack_rates, differences, matrices, tries, utility
@@ -54,6 +55,7 @@ def collect(runs: Sequence[Run], *, title: str | None = None, keep_completions: 
         "curves": curves(runs),
         "routes": routes(runs, _layers(runs)),
         "experts": experts(runs),
+        "gallery": gallery(runs, keep_completions),
         "costs": costs(runs),
         "completions": completions(runs, keep_completions),
         **({"controls": controlled} if (controlled := _controls(runs)) else {}),
