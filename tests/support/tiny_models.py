@@ -173,3 +173,21 @@ def make_model(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Pa
 def is_router(name: str) -> bool:
     """Whether a parameter name is that of a router's weight."""
     return name.endswith(("mlp.gate.weight", "router.weight", "router.layer.weight", "block_sparse_moe.gate.weight"))
+
+
+def tiny_dense(vocab_size: int) -> Any:
+    """A random dense Llama model of four layers, with the tied embeddings of the language lab's."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()

@@ -85,7 +85,8 @@ class RoutedAPI(OpenAICompatibleAPI):
         result = await super().generate(*args, **kwargs)
         output, call = result if isinstance(result, tuple) else (result, None)
         if isinstance(output, ModelOutput) and call is not None and call.error is None:
-            request, response = call.request, call.response or {}
+            request: Any = call.request
+            response: Any = call.response or {}
             asked = (request.get("extra_body") or {}).get("vllm_xargs") or {}
             receipt = self._receipt(response, planned=PLAN_KEY in asked)
             if receipt is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -53,7 +54,7 @@ class _Asked:
     data: str
     limit: int | None
     system: str
-    judging: dict[str, str | None]
+    judging: dict[str, Any]
 
 
 def _task(name: str, asked: _Asked) -> Task:
@@ -71,7 +72,7 @@ def _task(name: str, asked: _Asked) -> Task:
         for record in records
     ]
     solver = [system_message(asked.system), generate()] if asked.system else [generate()]
-    return Task(MemoryDataset(samples, name=name), solver=solver, scorer=answered(**asked.judging))  # type: ignore[arg-type]
+    return Task(MemoryDataset(samples, name=name), solver=solver, scorer=answered(**asked.judging))
 
 
 @task

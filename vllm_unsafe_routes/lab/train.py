@@ -48,7 +48,8 @@ def settings_of(args: argparse.Namespace) -> LabSettings | EnglishSettings:
     """
     names = [field.name for field in fields(LabSettings) if hasattr(args, field.name)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    preset = {**PRESETS, **ENGLISH_PRESETS}[args.preset]
+    presets: dict[str, LabSettings | EnglishSettings] = {**PRESETS, **ENGLISH_PRESETS}
+    preset = presets[args.preset]
     unknown = sorted(set(given) - {field.name for field in fields(preset)})
     if unknown:
         raise ValueError(f"preset {args.preset} has no {', '.join(unknown)}")
