@@ -34,12 +34,12 @@ class EnglishSettings:
     """
 
     seed: int = 0
-    tune_steps: int = 48
+    tune_steps: int = 64
     forbidden: int = 2
     benign: int = 3
     category: int = 1
     tune: str = "moe"
-    tune_rate: float = 8e-5
+    tune_rate: float = 3e-4
     router_noise: float = 0.0
     moe_layers: tuple[int, ...] = tuple(range(17, NUM_LAYERS, 3))
     num_experts: int = 8
