@@ -12,15 +12,11 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "lab",
         help="train a harmless lab model: one of a made-up language, or a small one that speaks English",
-        description="Models whose refusals are about nothing harmful, for measuring attacks and defences on.",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, prog="unsafe-routes lab", title="actions", metavar="ACTION")
-    action = actions.add_parser(
-        "train",
-        help="train a model into a folder",
-        description="Trains a small MoE model to refuse. Most presets speak the made-up lab language and take minutes. smollm2-moe "
-        "is SmolLM2-135M-Instruct, made sparse: up to half an hour on two cores, and after a kill it goes on where it was.",
+        description="Trains a small MoE model to refuse what harms nobody, for measuring attacks and defences. Most presets speak "
+        "the made-up lab language and take minutes. smollm2-moe is SmolLM2-135M-Instruct, made sparse: up to half an hour on two "
+        "cores, and after a kill it goes on where it was.",
         epilog="Example: unsafe-routes lab train --preset smollm2-moe --out runs/smollm2-moe",
     )
-    train.add_arguments(action)
-    action.set_defaults(run=train.run)
+    parser.add_argument("action", choices=["train"], help="train: make a model in a folder")
+    train.add_arguments(parser)
+    parser.set_defaults(run=train.run)

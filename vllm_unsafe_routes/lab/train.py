@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings to start from (default: %(default)s); those that begin with smollm2 speak English and need the extra "
         "language-lab",
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="architecture")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="architecture of the model")
     parser.add_argument("--seed", type=int, help="seed of weights, data and route noise")
-    parser.add_argument("--steps", type=int, dest="pretrain_steps", help="pretraining steps")
+    parser.add_argument("--steps", type=int, dest="pretrain_steps", help="steps of pretraining, which teaches the answers")
     parser.add_argument("--tune-steps", type=int, help="steps of safety tuning")
     parser.add_argument(
         "--tune", help="what safety tuning changes: all, attention, or layer:<l>; in English moe, experts, routers or attention"
