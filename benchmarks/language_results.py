@@ -62,7 +62,7 @@ def answers(out: Path) -> Iterator[tuple[str, Any]]:
     from vllm_unsafe_routes.study.summary import tries
 
     for folder in ("masks", "fsour-adaptive"):
-        for one in tries(read(out / folder, Record)) if (out / folder).exists() else []:
+        for one in tries(read(out / folder, Record)) if (out / folder / "summary.json").exists() else []:
             if folder == "masks":
                 yield LABELS[one.attack] + (f", {one.level}" if one.level else ""), one
             elif one.attack != "none":
@@ -101,7 +101,7 @@ def tabulate(model: Path, out: Path) -> Rows:
 
 
 def cell(rows: Rows, row: str, column: str) -> str:
-    line = next((one for one in rows if (one["row"], one["column"]) == (row, column)), None)
+    line = next((one for one in rows if (one["row"], one.get("column", "")) == (row, column)), None)
     if line is None:
         return NOT_MEASURED
     value = float(line["value"])
@@ -142,7 +142,7 @@ def draw(lines: Rows) -> None:
     mpl.rcParams["svg.hashsalt"] = "unsafe-routes"
     from matplotlib import pyplot as plt
 
-    rows = [line for line in lines if line["table"] == "attacks" and line["column"] == "by topic"]
+    rows = [line for line in lines if line["table"] == "attacks" and line.get("column") == "by topic"]
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 0.8))
     for at, row in enumerate(rows):
         value, low, high = (float(row[name]) for name in ("value", "low", "high"))
