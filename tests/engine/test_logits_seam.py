@@ -112,6 +112,7 @@ def with_plans(tiny_model):
 NOT_A_MASK = {
     "native weights": RoutePlan("native").disable(0, "all", [1]).extra_args(),
     "explicit weights": RoutePlan().force(0, [1], [1, 2, 3, 4], [0.5, 0.5, 0.5, 0.5]).extra_args(),
+    "promotion": RoutePlan().promote(0, "all", [1]).extra_args(),
     "routes": RoutePlan().disable(0, "all", [1]).extra_args(return_routes=True),
 }
 
@@ -133,8 +134,8 @@ def test_plans_that_mask_do_there_what_they_do_at_the_router(with_plans):
 
 
 def test_what_a_mask_cannot_say_is_refused_by_name(with_plans):
-    native, explicit, routes = with_plans[2]
-    assert native == explicit == "weights 'native' and weights of a force cannot be kept with seam 'logits', which only masks"
+    native, explicit, promoted, routes = with_plans[2]
+    assert native == explicit == promoted == "seam 'logits' only masks: no 'native' or explicit weights, promote or demote"
     assert routes == "return_routes cannot be honoured with seam 'logits', where kernels do not say what they pick"
 
 

@@ -2,7 +2,7 @@
 
 A policy is put in force in all cores or the server ends; what they count is added up. A core without requests runs dummy steps
 beside the others. Routers see a rank's own tokens, because modular expert kernels gather after routing; what gathers before is
-refused (`router.check_layer`).
+refused (`bind.check_layer`).
 """
 
 from __future__ import annotations

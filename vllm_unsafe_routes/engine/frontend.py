@@ -101,7 +101,7 @@ class PlanGuard:
         if extras.has_plan:
             compiled = self.compiler.compile_text(extras.plan, extras.delta)
             if self.config.seam == "logits" and not compiled.only_masks:
-                raise RouteError("weights 'native' and weights of a force cannot be kept with seam 'logits', which only masks")
+                raise RouteError("seam 'logits' only masks: no 'native' or explicit weights, promote or demote")
             check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k, self.max_model_len)
             ids = request.prompt_token_ids
             compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])

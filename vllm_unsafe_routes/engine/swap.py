@@ -119,7 +119,7 @@ def _finish(core: Any, admission: Any, active: ActivePolicy, compiler: Any, befo
                 paused.result()
             for reason in core.model_executor.collective_rpc(WORKER_CHECK_METHOD, args=(active.to_dict(),)):
                 if reason is not None:
-                    core.scheduler.set_pause_state(before)
+                    _go_on(core, before)
                     return {"error": reason, "kind": BAD_POLICY}
             num_running = len(core.scheduler.running)
             core.reset_prefix_cache(reset_running_requests=True)
@@ -135,13 +135,17 @@ def _finish(core: Any, admission: Any, active: ActivePolicy, compiler: Any, befo
         except Exception:
             _end(core, "The route policy was replaced in parts of the engine only")
             raise
-        if _is_one_of_several(core) and before is PauseState.UNPAUSED:
-            core.resume_scheduler()  # waits for the other cores
-        else:
-            core.scheduler.set_pause_state(before)
+        _go_on(core, before)
         return {**said, "num_restarted": num_running - len(said["aborted"])}
     finally:
         admission.is_swapping = False
+
+
+def _go_on(core: Any, before: PauseState) -> None:
+    if _is_one_of_several(core) and before is PauseState.UNPAUSED:
+        core.resume_scheduler()  # waits for the other cores
+    else:
+        core.scheduler.set_pause_state(before)
 
 
 def _is_one_of_several(core: Any) -> bool:
