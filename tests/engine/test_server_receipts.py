@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import random
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
+import pass_on
 import pytest
 from engines import random_prompt
 from servers import server
@@ -35,7 +38,10 @@ def started(tmp_path_factory):
     policy = folder / "policy.json"
     policy.write_text(json.dumps(POLICY))
     flags = ("--route-policy", str(policy), "--enable-route-overrides", "--no-skip-tokenizer-init", "--enable-scale-out")
-    with server(model_path(), folder / "log.txt", *flags, VLLM_LOGGING_LEVEL="INFO") as started:
+    flags = (*flags, "--middleware", "pass_on.pass_on")
+    path = os.pathsep.join([str(Path(pass_on.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_COHERE_API": "1", "PYTHONPATH": path}
+    with server(model_path(), folder / "log.txt", *flags, **environment) as started:
         yield started
 
 
@@ -104,6 +110,16 @@ def test_the_last_event_of_messages_and_responses(started):
     last = stream(started, "/v1/responses", body)[-1]
     assert last["type"] in ("response.completed", "response.incomplete")
     check(receipt_of(last["response"]))
+
+
+def test_the_last_event_of_cohere_s_chat(started):
+    pytest.importorskip("cohere")
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6, "temperature": 0, "vllm_xargs": XARGS}
+    events = stream(started, "/cohere/v2/chat", body)
+    (last,) = [event for event in events if "kv_transfer_params" in event]
+    assert (last["type"], last) == ("message-end", events[-1])
+    check(receipt_of(last))
+    assert receipt_of(post(started, "/cohere/v2/chat", body).json()) == receipt_of(last)
 
 
 def test_a_streamed_answer_says_the_same_as_a_whole_one(started):

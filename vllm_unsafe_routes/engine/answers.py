@@ -165,20 +165,28 @@ class _Completing:
         self._answer = answer
         self._send = send
         self._held: Message | None = None
+        self._parts: list[bytes] = []
         self._is_stream = False
         self._is_refused = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = dict(message.get("headers", ()))
-            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if message["status"] == HTTPStatus.OK and (not self._is_stream or self._answer.asks_for_routes()):
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
+            is_ours = self._answer.asks_for_routes() if self._is_stream else kind.startswith(b"application/json")
+            if message["status"] == HTTPStatus.OK and is_ours:
                 # Its length, or whether it is a 200 at all, is known when the body is.
                 self._held = message
                 return
         elif message["type"] == "http.response.body":
             if self._is_refused:
                 return
+            if self._held is not None and not self._is_stream:
+                # Another middleware may hand the body on in parts.
+                self._parts.append(message.get("body", b""))
+                if message.get("more_body"):
+                    return
+                message = {**message, "body": b"".join(self._parts)}
             message = {**message, **await self._start_and_complete(message)}
         await self._send(message)
 
@@ -194,7 +202,7 @@ class _Completing:
             return {"body": body, "more_body": False}
         if self._is_stream:
             body = self._answer.complete_chunk(body)
-        elif start is not None and not message.get("more_body"):
+        elif start is not None:
             body = self._answer.complete(body)
             start["headers"] = _with_length(start.get("headers", ()), len(body))
         if start is not None:
