@@ -56,8 +56,6 @@ CPU_VARIANTS = {name: VARIANTS[name] for name in ("idle", "policy", "plans")} | 
     "usage": "expert usage counted, every request with a label",
     "all": "a policy, a plan and a label on every request",
 }
-# What the columns of the table on CPU add to the load's name -> the figure.
-_CPU_FIGURES = {"": "ratio_to_stock", ", CPU seconds": "cpu_ratio_to_stock"}
 # variant -> the engine that serves it
 ENGINES = {
     "stock": "stock",
@@ -124,16 +122,16 @@ def serve(options: dict[str, Any]) -> Talk:
         extras = [(plan(rng, length).extra_args() if planned else {}) | label for _ in prompts]
         asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
         params = [SamplingParams(**asked, extra_args=extra) for extra in extras]
-        start, used = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds, used = time.perf_counter() - start, time.process_time() - used
+        seconds = time.perf_counter() - start
         generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         assert generated == count * max_tokens, f"{generated} tokens generated"
         for output in outputs:
             receipt = (output.kv_transfer_params or {}).get("unsafe_routes", {})
             assert (receipt.get("plan") is not None) == planned, "a plan was not set, or one was"
             assert (receipt.get("policy") is not None) == has_policy, "a policy was not in force, or one was"
-        command = yield {"seconds": seconds, "cpu_seconds": used, "tokens": count * (length + max_tokens), "generated": generated}
+        command = yield {"seconds": seconds, "tokens": count * (length + max_tokens), "generated": generated}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +262,6 @@ def take_down(subject: Subject, run: Run, results: Results, load: str, number: i
             tokens_per_s=round(result["tokens"] / result["seconds"], 1),
             new_tokens_per_s=round(result["generated"] / result["seconds"], 1),
             ratio_to_stock=ratios[variant],
-            **({} if run.on_gpu else {"cpu_ratio_to_stock": round(result["cpu_seconds"] / found["stock"]["cpu_seconds"], 4)}),
         )
     results.step("round", load=load, number=number, **ratios)
 
@@ -279,26 +276,20 @@ def groups_of(engines: list[str], at_once: int) -> list[list[str]]:
 # Tables.
 
 
-def ratios_of(rows: Rows, load: str, variant: str, figure: str = "ratio_to_stock") -> list[float]:
+def ratios_of(rows: Rows, load: str, variant: str) -> list[float]:
     """A variant's ratios to stock, a round each."""
-    return [float(row[figure]) for row in rows if (row["load"], row["variant"]) == (load, variant) and row.get(figure)]
+    return [float(row["ratio_to_stock"]) for row in rows if (row["load"], row["variant"]) == (load, variant)]
 
 
 def cpu_table(rows: Rows) -> str:
-    """Median ratios with the range over rounds: of throughput, and of the CPU time that the same requests took."""
-    columns = {f"{load}{what}": (load, figure) for what, figure in _CPU_FIGURES.items() for load in LOADS["cpu"]}
-    lines = [
-        [name, *(common.spread(ratios_of(rows, load, variant, figure), 3, 2) for load, figure in columns.values())]
-        for variant, name in CPU_VARIANTS.items()
-    ]
-    table = common.markdown(["against stock vLLM, same batch", *columns], lines)
+    """Median ratios with the range over rounds."""
+    loads = LOADS["cpu"]
+    lines = [[name, *(common.spread(ratios_of(rows, load, key), 3, 2) for load in loads)] for key, name in CPU_VARIANTS.items()]
+    table = common.markdown(["against stock vLLM, same batch", *loads], lines)
     if not rows:
         return table
-    row, count = rows[0], 1 + max(int(row["round"]) for row in rows)
-    return (
-        f"{table}\n\nRatio of throughput, and of CPU seconds, which other processes disturb less; median and range of {count} "
-        f"rounds; {row['device']}, vLLM {row['vllm']}, torch {row['torch']}, {row['date']}, commit {row['commit']}."
-    )
+    count = 1 + max(int(row["round"]) for row in rows)
+    return f"{table}\n\nThroughput ratio, median and range of up to {count} rounds; {common.where(rows)}"
 
 
 def gpu_table(rows: Rows) -> str:
