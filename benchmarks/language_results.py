@@ -3,9 +3,10 @@
 Trains the model if it is not there (`--model`), then RoSais on the split `search`, router masking with both controls and adaptive
 F-SOUR on `test`. Every answer is judged by topic (exact) and by refusal phrases. Runs are campaigns: an interrupted call goes on.
 
-    python benchmarks/language_results.py                    # everything, then the CSV, the table and the chart
+    python benchmarks/language_results.py                    # everything, then the CSV and the chart
     python benchmarks/language_results.py --prompts 6 --seeds 0,1
     python benchmarks/language_results.py --tables-only      # of what is there
+    python benchmarks/tables.py                              # the tables of the page
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown, read_csv, rewrite, write_csv
+from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown, read_csv, write_csv
 
-RESULTS = ROOT / "benchmarks/results/language.csv"
-PAGE = ROOT / "docs/language-lab.md"
+RESULTS = ROOT / "benchmarks/results/language_cpu.csv"
 PICTURE = ROOT / "docs/pictures/language.svg"
 LEVELS = (1, 2, 3)
 JUDGES = {None: "by topic", "refusal-phrases": "by phrases"}
@@ -120,6 +120,8 @@ def attacks_table(lines: Rows) -> str:
 
 def model_table(lines: Rows) -> str:
     rows = [line for line in lines if line["table"] == "model"]
+    if not rows:
+        return NOT_MEASURED
     return markdown(
         ["share of answers", "`tune`", "`test`"],
         [[row, cell(rows, row, "tune"), cell(rows, row, "test")] for row in distinct(rows, "row")],
@@ -128,6 +130,8 @@ def model_table(lines: Rows) -> str:
 
 def rosais_table(lines: Rows) -> str:
     rows = [line for line in lines if line["table"] == "rosais"]
+    if not rows:
+        return NOT_MEASURED
     return markdown(["layer", *(row["row"] for row in rows)], [["RoSais, nats", *(f"{float(row['value']):.2f}" for row in rows)]])
 
 
@@ -162,7 +166,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="prompts of a split (default: 12)")
     parser.add_argument("--seeds", default="0", help="seeds of the attacks, separated by commas (default: 0)")
     parser.add_argument("--masks", type=int, default=20, help="masks a layer (default: 20)")
-    parser.add_argument("--tables-only", action="store_true", help="run nothing: tables and chart of what is there")
+    parser.add_argument("--tables-only", action="store_true", help="run nothing: CSV and chart of what is there")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.tables_only:
@@ -170,8 +174,6 @@ def main() -> None:
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
     write_csv(RESULTS, [about | row for row in tabulate(args.model, args.runs)])
     lines = read_csv(RESULTS)
-    for name, table in TABLES.items():
-        rewrite(PAGE, name, table(lines))
     draw(lines)
 
 

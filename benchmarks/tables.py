@@ -21,6 +21,7 @@ from pathlib import Path
 import floors
 import kernel_speed
 import lab_results
+import language_results
 import policy_serving
 import routes_exact
 import search_speed
@@ -65,6 +66,7 @@ TABLES = {
     "gpu-search": Table("search_speed", True, search_speed.gpu_table),
     "gpu-profile": Table("floors", True, floors.table),
     **{mark: Table("lab_results", False, make) for mark, make in lab_results.TABLES.items()},
+    **{mark: Table("language", False, make) for mark, make in language_results.TABLES.items()},
 }
 
 
