@@ -33,11 +33,16 @@ def cpu_router(top_k=TOP_K, **options):
     return native
 
 
+def as_written(function):
+    """Without vLLM's torch.compile, which does not run beside the interpreted Triton of the V2 runner."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
 def grouped(scoring, renormalize):
     """vLLM's own torch code for groups, which GPUs run for DeepSeek-V2."""
     from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import grouped_topk
 
-    gate = getattr(grouped_topk, "_torchdynamo_orig_callable", grouped_topk)
+    gate = as_written(grouped_topk)
     return lambda logits, bias: gate(logits, logits, TOP_K, renormalize, 4, 2, scoring, 1.0, bias)
 
 
@@ -46,7 +51,7 @@ def custom(path, **options):
     function = __import__(module, fromlist=["x"])
     for part in name.split("."):
         function = getattr(function, part)
-    return cpu_router(custom_routing_function=function, **options)
+    return cpu_router(custom_routing_function=as_written(function), **options)
 
 
 def reference(spec):
