@@ -189,9 +189,11 @@ class CellScorer:
             values = self._run(candidates, some, moving, work)
             where = upload(ranges(starts[candidates.number[some]], lens[candidates.number[some]]), torch.int64, scores.device)
             scores[where, : values.shape[1]] = values
-        for base, at, count in zip(bases, offsets.tolist(), counts.tolist(), strict=True):
-            # A candidate without a move has its base's.
-            same = np.setdiff1d(np.arange(at, at + count), candidates.number)
+        # A candidate without a move has its base's.
+        unmoved = np.setdiff1d(np.arange(counts.sum()), candidates.number)
+        of_item = np.repeat(np.arange(len(bases)), counts)[unmoved]
+        for at in np.unique(of_item).tolist():
+            base, same = bases[at], unmoved[of_item == at]
             assert base.log_probs is not None
             where = upload(ranges(starts[same], lens[same]), torch.int64, scores.device)
             scores[where, : base.log_probs.shape[1]] = base.log_probs.repeat(len(same), 1)
