@@ -106,8 +106,8 @@ class _Part(NamedTuple):
         batch: the same as a batch.
         token_ids: int32 [num_tokens].
         routes: int32 [MoE layers, num_tokens and some padding], their rows in the route table.
-        moved: int64 [tokens of moving bases], their numbers among the tokens; None: no base moves.
-        moved_slots: int64, the same shape, where each is in the bases' residual streams.
+        moved: of the tokens of moving bases, int64 each: numbers among the tokens, places in the bases' residual streams; None: no
+            base moves.
 
     """
 
@@ -115,8 +115,7 @@ class _Part(NamedTuple):
     batch: Batch
     token_ids: torch.Tensor
     routes: torch.Tensor
-    moved: torch.Tensor | None
-    moved_slots: torch.Tensor
+    moved: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Sweep:
@@ -179,7 +178,8 @@ class Sweep:
         for key, value in self._layers.run(start, end, part.batch, part.token_ids, stream).items():
             self._state[key][part.rows] = value
             if part.moved is not None:
-                self._memory.streams[key][end - 1, part.moved_slots] = value[part.moved]
+                tokens, slots = part.moved
+                self._memory.streams[key][end - 1, slots] = value[tokens]
         if joining.any():
             after = (own.span_end - own.first)[joining]
             self._load(end, ranges(self.starts[joining] + after, self._lens[joining] - after))
@@ -219,9 +219,10 @@ class Sweep:
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
         routes = torch.nn.functional.pad(self._routes[:, where], (0, -len(rows) % 16))
-        moved = np.flatnonzero(own.moves_base[sequence])
-        moved_at = upload(moved, torch.int64, device) if len(moved) else None
-        moved_slots = self._slots[where if moved_at is None else where[moved_at]]
-        part = _Part(where, self._layers.batch(queries), token_ids, routes, moved_at, moved_slots)
+        moved = None
+        if own.moves_base.any():
+            tokens = upload(np.flatnonzero(own.moves_base[sequence]), torch.int64, device)
+            moved = tokens, self._slots[where[tokens]]
+        part = _Part(where, self._layers.batch(queries), token_ids, routes, moved)
         self._last = key, part
         return part
