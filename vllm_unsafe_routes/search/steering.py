@@ -11,16 +11,19 @@ up to top_k experts a layer and passes over what is more; here it is one fewer, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..extras import RouteExtras
 from ..plan import RoutePlan
 from ..positions import Positions
 from ..shape import ModelShape
-from .backend import Backend, Request, Search
+from .backend import Backend, Search
+from .candidates import Chosen, best_plan, under_policy
+from .rosais import Prompt
+from .usage import usage
 
 
 def risk_difference(
@@ -37,18 +40,10 @@ def risk_difference(
         float64 [num_moe_layers, num_experts], from -1 to 1.
 
     """
-    shares = []
+    found = []
     for prompts in (first, second):
-        responses = yield [Request(prompt, RouteExtras(wants_routes=True)) for prompt in prompts]
-        routes = [np.asarray(one.route_ids)[: len(prompt)] for one, prompt in zip(responses, prompts, strict=True)]
-        shares.append(expert_shares(np.concatenate(routes), backend.shape.num_experts))
-    return shares[0] - shares[1]
-
-
-def expert_shares(routes: npt.NDArray[np.int32], num_experts: int) -> npt.NDArray[np.float64]:
-    """Share of the tokens that each expert gets, float64 [layers, num_experts], of routes [tokens, layers, top_k]."""
-    shares: npt.NDArray[np.float64] = np.stack([(routes == expert).any(-1).mean(0) for expert in range(num_experts)], 1)
-    return shares
+        found.append((yield from usage(backend, prompts)).shares())
+    return found[0] - found[1]
 
 
 def steering_plan(
@@ -80,3 +75,23 @@ def steering_plan(
             if experts:
                 (plan.promote if sign > 0 else plan.demote)(shape.moe_layers[slot], positions, experts)
     return plan
+
+
+def steermoe(
+    backend: Backend, prompts: Sequence[Prompt], difference: npt.NDArray[np.float64], num_candidates: int = 64
+) -> Search[Chosen]:
+    """Steer with as many promoted and demoted experts as serve the target best.
+
+    Args:
+        backend: for the model's shape.
+        prompts: one, or several that share the plan.
+        difference: of `risk_difference`, towards the kind that is wanted.
+        num_candidates: plans tried at most, the empty one among them: numbers of both kinds on a grid.
+
+    """
+    difference = under_policy(backend, difference)
+    most = [int((sign * difference > 0).sum()) for sign in (1, -1)]
+    side = max(2, int(num_candidates**0.5))
+    numbers = [sorted({round(share) for share in np.linspace(0, count, side)}) for count in most]
+    plans = [steering_plan(backend.shape, difference, *pair) for pair in itertools.product(*numbers) if any(pair)]
+    return (yield from best_plan(backend, prompts, plans))
