@@ -29,6 +29,7 @@ PURE = (
     "routed_experts",
     "divergence",
     "positions",
+    "riy",
 )
 # Files outside `engine/` that may import vLLM inside a function, and why.
 LAZY_VLLM: dict[str, str] = {}

@@ -48,6 +48,7 @@ LAYERS = (
         "routed_experts",
         "divergence",
         "positions",
+        "riy",
         "kernels",
     ),
     ("search.backend", "evaluation", "lab"),
