@@ -16,12 +16,26 @@ from __future__ import annotations
 
 import torch
 
+from .reference import finite
 from .spec import GatingSpec
 
 # e^-75 is far from the smallest float32 and bfloat16, also after division by the number of experts.
 _RANGE = 75.0
 _LARGEST = 1e4
 _BANNED = {torch.float32: -1e30, torch.bfloat16: -1e30, torch.float16: -6e4}
+
+
+def bias_logits(router_logits: torch.Tensor, score_bias: torch.Tensor) -> torch.Tensor:
+    """Logits with a bias, rounded to what they were; where it is 0 they stay bit for bit.
+
+    Args:
+        router_logits: [num_tokens, num_experts], float32, bfloat16 or float16.
+        score_bias: float32 [num_experts] or [num_tokens, num_experts].
+
+    """
+    limits = torch.finfo(router_logits.dtype)
+    moved = finite(router_logits.float() + score_bias).clamp(limits.min, limits.max).to(router_logits.dtype)
+    return torch.where(score_bias != 0, moved, router_logits)
 
 
 def mask_logits(router_logits: torch.Tensor, banned: torch.Tensor, scoring: str) -> torch.Tensor:

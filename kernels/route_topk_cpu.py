@@ -118,8 +118,9 @@ def mask_topk_cpu(
     native_weights: bool,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    score_bias: torch.Tensor | None = None,
 ) -> None:
-    """Gate all tokens under one mask, as `route_topk` does with one masking row for all.
+    """Gate all tokens under one mask and one bias, as `route_topk` does with one such row for all.
 
     Args:
         router_logits: [num_tokens, num_experts], float32, bfloat16 or float16.
@@ -129,11 +130,12 @@ def mask_topk_cpu(
         native_weights: the row's FLAG_NATIVE_WEIGHTS.
         topk_weights: float32 [num_tokens, top_k], written.
         topk_ids: int [num_tokens, top_k], written.
+        score_bias: float32 [num_experts], added to the logits before scoring, or None.
 
     """
     assert not spec.grouped
     x = finite(router_logits.to(torch.float32))
-    own, _, ids = _choose(x, banned, spec, correction_bias)
+    own, _, ids = _choose(x if score_bias is None else finite(x + score_bias), banned, spec, correction_bias)
     weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
     topk_weights.copy_(_scale(weights.gather(1, ids), spec))
     topk_ids.copy_(ids)

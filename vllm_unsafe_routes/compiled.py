@@ -183,9 +183,9 @@ class CompiledPlan:
             self.prompt.check(token_ids)
 
     @property
-    def only_masks(self) -> bool:
-        """Whether all it asks is which experts may be chosen, with masked weights."""
-        return all(int.from_bytes(row[:4], "little") & ~FLAG_FORCED == 0 for row in self.rows)
+    def fits_logits(self) -> bool:
+        """Whether logits can say all it asks: which experts may be chosen and a bias, with masked weights."""
+        return all(int.from_bytes(row[:4], "little") & ~(FLAG_FORCED | FLAG_SCORE_BIAS) == 0 for row in self.rows)
 
     @property
     def max_position(self) -> int:

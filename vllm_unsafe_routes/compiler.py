@@ -81,9 +81,9 @@ class PlanCompiler:
         self._all = (1 << shape.num_experts) - 1
         entries = [policy.layers.get(layer) if policy else None for layer in shape.moe_layers]
         self._rules = [
-            LayerRules(self.layout, 0, 0)
+            LayerRules(self.layout)
             if entry is None
-            else LayerRules(self.layout, expert_bits(entry.disabled), expert_bits(entry.protected))
+            else LayerRules(self.layout, expert_bits(entry.disabled), expert_bits(entry.protected), tuple(dict(entry.bias).items()))
             for entry in entries
         ]
         self._memory = _Memory()
@@ -91,7 +91,7 @@ class PlanCompiler:
         self._lock = threading.RLock()
 
     def policy_rows(self) -> list[bytes | None]:
-        """Per MoE layer the row of a token without a directive; None where the policy bans nothing."""
+        """Per MoE layer the row of a token without a directive; None where the policy changes nothing."""
         native = self.policy is not None and self.policy.weights == "native"
         return [rules.policy_row(native) for rules in self._rules]
 

@@ -79,11 +79,11 @@ class Directive:
             repeated = next(expert for expert in experts if experts.count(expert) > 1)
             raise RouteError(f"{where}: expert {repeated} is repeated")
         if kind == "bias":
-            weights = _numbers(weights, len(experts), where, "values")
+            weights = numbers(weights, len(experts), where, "values")
         elif weights is not None:
             if kind != "force":
                 raise RouteError(f"{where}: weights are for force only")
-            weights = _numbers(weights, len(experts), where, "weights")
+            weights = numbers(weights, len(experts), where, "weights")
         return cls(kind, layer, positions, experts, weights)
 
 
@@ -107,13 +107,14 @@ def _integer(value: Any, what: str) -> int:
     return int(value)
 
 
-def _numbers(values: Any, num_experts: int, where: str, name: str) -> tuple[float, ...]:
+def numbers(values: Any, num_experts: int, where: str, name: str) -> tuple[float, ...]:
+    """A tuple of finite float32 values, one for each expert. Raises `RouteError` for anything else."""
     try:
-        numbers = tuple(float(value) for value in values)
+        found = tuple(float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
         raise RouteError(f"{where}: {name} must be a list of numbers, got {str(values)[:80]}") from None
-    if len(numbers) != num_experts:
-        raise RouteError(f"{where}: {len(numbers)} {name} for {num_experts} experts")
-    if not all(abs(number) <= _MAX_FLOAT for number in numbers):
-        raise RouteError(f"{where}: {name} must be finite float32 numbers, got {list(numbers)}")
-    return numbers
+    if len(found) != num_experts:
+        raise RouteError(f"{where}: {len(found)} {name} for {num_experts} experts")
+    if not all(abs(number) <= _MAX_FLOAT for number in found):
+        raise RouteError(f"{where}: {name} must be finite float32 numbers, got {list(found)}")
+    return found

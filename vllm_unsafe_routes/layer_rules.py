@@ -73,12 +73,14 @@ class LayerRules:
         layout: of a row.
         banned: bits of the experts that the policy disables.
         protected: bits of those that no plan may exclude.
+        bias: (expert, what the policy adds to its logit), of experts that it does not ban.
 
     """
 
     layout: RowLayout
-    banned: int
-    protected: int
+    banned: int = 0
+    protected: int = 0
+    bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def all(self) -> int:
@@ -86,8 +88,10 @@ class LayerRules:
         return (1 << self.layout.num_experts) - 1
 
     def policy_row(self, native: bool) -> bytes | None:
-        """The row of a token without a directive; None where the policy bans nothing."""
-        return self.layout.mask_row(self.all & ~self.banned, native) if self.banned else None
+        """The row of a token without a directive; None where the policy changes nothing."""
+        if not self.banned and not self.bias:
+            return None
+        return self.layout.mask_row(self.all & ~self.banned, native, Soft(self.bias))
 
     def row(self, place: str, asked: Gathered, native: bool) -> bytes | None:
         """The row of what is asked, None where that is nothing.
@@ -121,7 +125,17 @@ class LayerRules:
             reason = "policy" if asked.allowed.bit_count() >= top_k else "invalid"
             raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
         self._check_soft(place, asked, soft)
-        return self.layout.mask_row(left, native, soft)
+        return self.layout.mask_row(left, native, self._with_bias(soft, left))
+
+    def _with_bias(self, soft: Soft, left: int) -> Soft:
+        """What a plan asks with the policy's bias added to its own; a plan may outweigh it, but not be rid of it by being there."""
+        if not self.bias:
+            return soft
+        total = dict(soft.bias)
+        for expert, value in self.bias:
+            total[expert] = total.get(expert, 0.0) + value
+        bias = tuple((expert, value) for expert, value in sorted(total.items()) if value and left >> expert & 1)
+        return Soft(bias, soft.promoted, soft.demoted)
 
     def _check_soft(self, place: str, asked: Gathered, soft: Soft) -> None:
         if soft.promoted & asked.demoted:

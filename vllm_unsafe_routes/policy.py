@@ -12,13 +12,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .directive import integers
+from .directive import integers, numbers
 from .errors import RouteError
 from .plan import WEIGHT_MODES
 from .shape import ModelShape
 from .wire import read_document, reject_unknown_keys
 
 POLICY_VERSION = "route-policy/1"
+# Of a policy with a bias; others are written as they were before there was one.
+BIASED_VERSION = "route-policy/2"
 # "observe" counts what "enforce" would change, and changes nothing.
 POLICY_MODES = ("enforce", "observe")
 
@@ -30,15 +32,42 @@ class LayerPolicy:
     Attributes:
         disabled: experts that no token may be routed to.
         protected: experts that no request's plan may exclude.
+        bias: expert -> what is added to its logit before scoring, of every token that no plan forces. Kept as (expert, value) by
+            expert, without zeros.
 
     """
 
     disabled: frozenset[int] = frozenset()
     protected: frozenset[int] = frozenset()
+    bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("disabled", "protected"):
             object.__setattr__(self, name, frozenset(integers(getattr(self, name), f"policy: {name}")))
+        try:
+            bias = dict(self.bias)
+        except (TypeError, ValueError):
+            raise RouteError(f"policy: bias must be a mapping of expert -> value, got {self.bias!r}") from None
+        experts = integers(bias, "policy: bias")
+        values = numbers(bias.values(), len(experts), "policy", "bias")
+        both = sorted(self.disabled & {*experts})
+        if both:
+            raise RouteError(f"policy: expert {both[0]} is both disabled and biased")
+        kept = sorted((expert, value) for expert, value in zip(experts, values, strict=True) if value)
+        object.__setattr__(self, "bias", tuple(kept))
+
+    @property
+    def routes(self) -> bool:
+        """Whether it changes routes of requests without a plan."""
+        return bool(self.disabled or self.bias)
+
+    @property
+    def experts(self) -> set[int]:
+        """All that it speaks of."""
+        return {*self.disabled, *self.protected, *dict(self.bias)}
+
+
+_NOTHING = LayerPolicy()
 
 
 @dataclass(frozen=True)
@@ -95,46 +124,50 @@ class RoutePolicy:
 
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> RoutePolicy:
-        """Read the `route-policy/1` form; unknown keys and versions are refused."""
-        document = read_document(text, "policy", [POLICY_VERSION], {"version", "weights", "model", "layers", "provenance"})
+        """Read the `route-policy/1` form, or `/2`, which has biases; unknown keys and versions are refused."""
+        known = {"version", "weights", "model", "layers", "provenance"}
+        document = read_document(text, "policy", [POLICY_VERSION, BIASED_VERSION], known)
         entries, provenance = document.get("layers"), document.get("provenance", {})
         if not isinstance(entries, Mapping):
             raise RouteError(f"policy layers must be an object of layer -> entry, got {entries!r}")
         if not isinstance(provenance, Mapping):
             raise RouteError(f"policy provenance must be an object, got {provenance!r}")
+        known = {"disabled", "protected"} | ({"bias"} if document["version"] == BIASED_VERSION else set())
         layers: dict[int, LayerPolicy] = {}
         for name, entry in entries.items():
-            if not str(name).isdecimal() or len(str(name)) > 9:
-                raise RouteError(f"policy layer {str(name)[:80]!r} is not a layer index")
-            where = f"policy layer {name}"
-            if not isinstance(entry, Mapping):
-                raise RouteError(f"{where} must be an object, got {entry!r}")
-            reject_unknown_keys(entry, {"disabled", "protected"}, where)
-            if int(name) in layers:
-                raise RouteError(f"{where} is given twice")
-            disabled = integers(entry.get("disabled", ()), f"{where}: disabled")
-            protected = integers(entry.get("protected", ()), f"{where}: protected")
-            for key, experts in (("disabled", disabled), ("protected", protected)):
-                if len(set(experts)) != len(experts):
-                    raise RouteError(f"{where}: an expert is repeated in {key}: {list(experts)}")
-            layers[int(name)] = LayerPolicy(frozenset(disabled), frozenset(protected))
+            layer = _index(name, "policy layer", "a layer index")
+            if layer in layers:
+                raise RouteError(f"policy layer {name} is given twice")
+            layers[layer] = _read_layer(entry, known, f"policy layer {name}")
         return cls(layers, document.get("weights", "masked"), document.get("model"), provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form as plain Python values."""
-        document: dict[str, Any] = {
-            "version": POLICY_VERSION,
-            "weights": self.weights,
-            "layers": {
-                str(layer): {"disabled": sorted(entry.disabled), "protected": sorted(entry.protected)}
-                for layer, entry in sorted(self.layers.items())
-            },
-        }
+        layers: dict[str, dict[str, Any]] = {}
+        for layer, entry in sorted(self.layers.items()):
+            layers[str(layer)] = {"disabled": sorted(entry.disabled), "protected": sorted(entry.protected)}
+            if entry.bias:
+                layers[str(layer)]["bias"] = {str(expert): value for expert, value in dict(entry.bias).items()}
+        version = BIASED_VERSION if self.has_bias else POLICY_VERSION
+        document: dict[str, Any] = {"version": version, "weights": self.weights, "layers": layers}
         if self.model is not None:
             document["model"] = self.model
         if self.provenance:
             document["provenance"] = dict(self.provenance)
         return document
+
+    def describe(self) -> str:
+        """What it does, in a line."""
+        parts = [
+            f"{sum(len(getattr(entry, name)) for entry in self.layers.values())} {word}"
+            for name, word in (("disabled", "disabled"), ("protected", "protected"), ("bias", "biased"))
+        ]
+        return f"{', '.join(parts)} in {len(self.layers)} layers, weights {self.weights}"
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it biases any expert."""
+        return any(entry.bias for entry in self.layers.values())
 
     @property
     def digest(self) -> str:
@@ -158,7 +191,7 @@ class RoutePolicy:
         for layer, entry in self.layers.items():
             if layer not in shape.slot_of_layer:
                 raise RouteError(f"policy layer {layer} has no experts; MoE layers are {shape.describe_layers()}")
-            for expert in sorted(entry.disabled | entry.protected):
+            for expert in sorted(entry.experts):
                 if expert >= shape.num_experts:
                     raise RouteError(
                         f"policy layer {layer}: expert {expert} is out of range for {shape.num_experts} experts "
@@ -171,6 +204,32 @@ class RoutePolicy:
                 raise RouteError(
                     f"policy layer {layer}: {len(entry.protected)} protected experts, at most top_k {shape.top_k} can be selected"
                 )
+
+
+def _index(name: Any, what: str, of: str) -> int:
+    if not str(name).isdecimal() or len(str(name)) > 9:
+        raise RouteError(f"{what} {str(name)[:80]!r} is not {of}")
+    return int(name)
+
+
+def _read_layer(entry: Any, known: set[str], where: str) -> LayerPolicy:
+    """One entry of the JSON form."""
+    if not isinstance(entry, Mapping):
+        raise RouteError(f"{where} must be an object, got {entry!r}")
+    reject_unknown_keys(entry, known, where)
+    disabled = integers(entry.get("disabled", ()), f"{where}: disabled")
+    protected = integers(entry.get("protected", ()), f"{where}: protected")
+    for key, experts in (("disabled", disabled), ("protected", protected)):
+        if len(set(experts)) != len(experts):
+            raise RouteError(f"{where}: an expert is repeated in {key}: {list(experts)}")
+    given = entry.get("bias", {})
+    if not isinstance(given, Mapping):
+        raise RouteError(f"{where}: bias must be an object of expert -> value, got {given!r}")
+    biased = [_index(name, f"{where}: bias of", "an expert") for name in given]
+    if len(set(biased)) != len(biased):
+        raise RouteError(f"{where}: an expert is repeated in bias: {biased}")
+    values = numbers(given.values(), len(biased), where, "bias")
+    return LayerPolicy(frozenset(disabled), frozenset(protected), dict(zip(biased, values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -189,6 +248,8 @@ class ActivePolicy:
     def __post_init__(self) -> None:
         if self.mode not in POLICY_MODES:
             raise RouteError(f"policy_mode {self.mode!r} is not one of {', '.join(POLICY_MODES)}")
+        if self.mode == "observe" and self.policy is not None and self.policy.has_bias:
+            raise RouteError("policy_mode 'observe' counts picks that are disabled; what a bias moves it cannot count")
 
     @property
     def enforced(self) -> RoutePolicy | None:
@@ -205,10 +266,9 @@ class ActivePolicy:
         """What tells KV computed under this policy from other KV: an observed policy computes what no policy computes."""
         return self.digest if self.mode == "enforce" else None
 
-    def banned(self, layer: int) -> frozenset[int]:
-        """Experts that the policy disables at a decoder layer, whatever the mode."""
-        entry = self.policy.layers.get(layer) if self.policy is not None else None
-        return entry.disabled if entry is not None else frozenset()
+    def at(self, layer: int) -> LayerPolicy:
+        """What the policy says of a decoder layer, whatever the mode."""
+        return _NOTHING if self.policy is None else self.policy.layers.get(layer, _NOTHING)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for another process."""

@@ -14,7 +14,7 @@ from vllm_unsafe_routes.search.suffix import SuffixSettings, suffix_search
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
 
-POLICY = RoutePolicy({0: LayerPolicy(frozenset({1, 2, 3}), frozenset({7})), 2: LayerPolicy(frozenset({9}))})
+POLICY = RoutePolicy({0: LayerPolicy(frozenset({1, 2, 3}), frozenset({7})), 2: LayerPolicy(frozenset({9}), bias={4: 2.0, 5: -2.0})})
 
 
 @pytest.fixture(scope="module")

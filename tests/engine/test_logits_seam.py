@@ -19,12 +19,12 @@ POLICY = {"version": "route-policy/1", "layers": {"1": {"disabled": [5]}}}
 
 
 def policy_for(shape, **more):
-    """A third of the experts of every layer, others at each; groups of four keep enough."""
-    layers = {
-        str(layer): {"disabled": [expert for expert in range(shape.num_experts) if (expert + slot) % 3 == 0]}
-        for slot, layer in enumerate(shape.moe_layers)
-    }
-    return {"version": "route-policy/1", "layers": layers, **more}
+    """Bans a third of the experts of every layer, others at each, and biases a third; groups of four keep enough."""
+    layers = {}
+    for slot, layer in enumerate(shape.moe_layers):
+        disabled, biased = ([at for at in range(shape.num_experts) if (at + slot) % 3 == rest] for rest in (0, 1))
+        layers[str(layer)] = {"disabled": disabled, "bias": {str(expert): expert / 4 - 2 for expert in biased}}
+    return {"version": "route-policy/2", "layers": layers, **more}
 
 
 def prompts(count=8, seed=4):
@@ -87,6 +87,7 @@ def plans_for(count):
     kinds = [
         RoutePlan().disable(0, "all", [0, 3, 5]).disable(2, [1, 2], [7]),
         RoutePlan().allow(1, "prompt", [2, 4, 6, 8, 10]),
+        RoutePlan().bias(1, "all", {4: 2.5, 5: -3.0}).disable(2, [1, 2], [7]),
         RoutePlan().force(0, [0, 2], [1, 7, 9, 12]).force(2, "generated", [1, 3, 5, 15]),
         None,
     ]
@@ -97,7 +98,8 @@ def plans_for(count):
 def with_plans(tiny_model):
     """The same plans in engines that differ in their seam."""
     extras = [plan and plan.extra_args() for plan in plans_for(8)]
-    policy = {"version": "route-policy/1", "layers": {"1": {"disabled": [3, 9]}}}
+    layers = {"1": {"disabled": [3, 9]}, "2": {"bias": {"4": 1.0, "8": -2.0}}}
+    policy = {"version": "route-policy/2", "layers": layers}
     said = []
     for routes in ({}, LOGITS):
         with engine(tiny_model("olmoe"), {"allow_overrides": True, "policy": policy, **routes}) as llm:
@@ -135,7 +137,8 @@ def test_plans_that_mask_do_there_what_they_do_at_the_router(with_plans):
 
 def test_what_a_mask_cannot_say_is_refused_by_name(with_plans):
     native, explicit, promoted, routes = with_plans[2]
-    assert native == explicit == promoted == "seam 'logits' only masks: no 'native' or explicit weights, promote or demote"
+    assert native == explicit == promoted
+    assert native == "seam 'logits' masks and biases only: no 'native' or explicit weights, promote or demote"
     assert routes == "return_routes cannot be honoured with seam 'logits', where kernels do not say what they pick"
 
 

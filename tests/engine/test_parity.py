@@ -5,12 +5,13 @@ import random
 import pytest
 from cell_checks import check_cells
 from engines import SETTINGS, chosen_logprobs, engine, generate, random_prompt
-from mixes import random_plan
+from mixes import random_biases, random_plan
 from oracle import Oracle
 from tiny_models import VOCAB_SIZE
 
 from vllm_unsafe_routes import ModelShape, receipt_of
 from vllm_unsafe_routes.engine.cell_blocks import CellsUnavailable
+from vllm_unsafe_routes.engine.swap import swap_policy
 
 TOLERANCE = 1e-4
 NUM_REQUESTS = 24
@@ -53,7 +54,9 @@ def test_logprobs_equal_transformers(family, tiny_model):
                 check_cells(llm, shape)
         else:
             check_cells(llm, shape, oracle)
+        check_biases(llm, oracle, shape, prompts[:4], plans[:4])
 
+    oracle.policy = None
     num_changed = 0
     for prompt, plan, output in zip(prompts, plans, outputs, strict=True):
         tokens = prompt + list(output.outputs[0].token_ids)
@@ -71,3 +74,18 @@ def test_logprobs_equal_transformers(family, tiny_model):
         assert receipt.routes_set > 0
     # A plan may happen to ask for what the router does anyway; nearly all of these do not.
     assert num_changed >= 0.8 * sum(plan is not None for plan in plans)
+
+
+def check_biases(llm, oracle, shape, prompts, plans):
+    """A policy that biases every token: with plans on top of it, and alone, where a CPU step does not read the table."""
+    rng = random.Random(5)
+    for weights in ("masked", "native"):
+        policy = oracle.policy = random_biases(rng, shape, weights)
+        swap_policy(llm, policy)
+        for some in (plans, [None] * len(plans)):
+            outputs = generate(llm, prompts, [plan and plan.extra_args() for plan in some], prompt_logprobs=0)
+            for prompt, plan, output in zip(prompts, some, outputs, strict=True):
+                tokens = prompt + list(output.outputs[0].token_ids)
+                says = chosen_logprobs(output, with_prompt=True)
+                assert says == pytest.approx(oracle.token_logprobs(tokens, len(prompt), plan), abs=TOLERANCE), (weights, plan)
+                assert receipt_of(output).policy == policy.digest

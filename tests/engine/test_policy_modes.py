@@ -185,6 +185,30 @@ class TestSwap:
         self.swap(llm, policy(BANNED))
         generate(llm, [prompt], [forced])
 
+    def test_between_policies_with_and_without_a_bias(self, llm):
+        """-1000 is as good as a ban, and no ban; one that is gone leaves nothing behind."""
+        biased = {
+            "version": "route-policy/2",
+            "layers": {str(at): {"bias": dict.fromkeys(map(str, BANNED[at]), -1e3)} for at in BANNED},
+        }
+        prompt = random_prompt(random.Random(7), 70, VOCAB_SIZE)
+        under_bans = generate(llm, [prompt], [None])[0]
+        for document in (biased, policy(OTHER), biased):
+            self.swap(llm, document)
+            routed, plain = (generate(llm, [prompt], [extra])[0] for extra in (RETURN, None))
+            assert (sum(hits(routed, BANNED)) == 0) is (document is biased)
+            assert receipt_of(plain).policy == digest(document)
+        assert chosen_logprobs(plain) == pytest.approx(chosen_logprobs(under_bans), abs=1e-4)
+        assert core_of(llm).unsafe_routes_status()["active"]["policy"]["layers"]["2"]["bias"] == {"9": -1e3, "10": -1e3, "11": -1e3}
+        forced = RoutePlan().force(2, "all", [8, 9, 10, 11]).extra_args(return_routes=True)
+        assert set(receipt_of(generate(llm, [prompt], [forced])[0]).route_ids[:, 2].ravel()) == {8, 9, 10, 11}
+
+    def test_a_bias_is_not_observed(self, llm):
+        from vllm_unsafe_routes.engine.swap import SwapError
+
+        with pytest.raises(SwapError, match="policy_mode 'observe' counts picks that are disabled; what a bias moves it cannot"):
+            self.swap(llm, {"version": "route-policy/2", "layers": {"0": {"bias": {"1": 1.0}}}}, "observe")
+
     def test_from_observing_to_enforcing_and_back(self, llm):
         prompt = random_prompt(random.Random(7), 70, VOCAB_SIZE)
         assert sum(hits(generate(llm, [prompt], [RETURN])[0], BANNED)) == 0

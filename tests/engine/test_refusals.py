@@ -224,7 +224,7 @@ def test_a_monolithic_kernel(bind, loaded, monkeypatch, name):
         bind()
     assert str(caught.value).startswith("MoE layer 0 (model.layers.0.")
     assert f"the monolithic expert kernel of {name} routes inside itself" in str(caught.value)
-    assert f"with --moe-backend {ADVICE[name]}, or for plans that only mask 'seam': 'logits'; " in str(caught.value)
+    assert f"with --moe-backend {ADVICE[name]}, or for plans that only mask and bias 'seam': 'logits'; " in str(caught.value)
     assert str(caught.value).endswith(WHAT_HELPS)
 
 

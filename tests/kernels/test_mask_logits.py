@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import WEIGHT_TOLERANCE
-from vllm_unsafe_routes.kernels.mask_logits import groups_suffice, mask_bias, mask_logits
+from vllm_unsafe_routes.kernels.mask_logits import bias_logits, groups_suffice, mask_bias, mask_logits
 from vllm_unsafe_routes.kernels.reference import route_topk_reference
-from vllm_unsafe_routes.kernels.spec import GatingSpec, RouteRows, pack_allowed
+from vllm_unsafe_routes.kernels.spec import FLAG_SCORE_BIAS, GatingSpec, RouteRows, pack_allowed
 
 EXPERTS, TOP_K, TOKENS = 16, 4, 64
 GROUPS = dict(num_expert_group=4, topk_group=2)
@@ -27,27 +27,42 @@ def sorted_routes(weights, ids):
     return weights.gather(1, order), ids.gather(1, order)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_they_give_the_routes_of_a_mask(name, dtype):
+def test_they_give_the_routes_of_a_mask(name, dtype, biased):
+    """And of a bias, which 16 bits hold only in part: halves on halves are exact in all of them."""
     spec, has_bias = SPECS[name]
     generator = torch.Generator().manual_seed(3)
     banned = torch.isin(torch.arange(EXPERTS), torch.tensor([0, 1, 5, 9, 10, 15]))
     assert groups_suffice(banned, spec)
     logits = (torch.randn(TOKENS, EXPERTS, generator=generator) * 3).to(dtype)
+    score_bias = torch.zeros(EXPERTS)
+    if biased:
+        logits, score_bias[::2] = (logits * 2).round() / 2, torch.arange(-4.0, 4.0) / 2
     bias = torch.randn(EXPERTS, generator=generator) / 3 if has_bias else None
     rows = RouteRows(
-        torch.zeros(1, dtype=torch.int32),
+        torch.full((1,), FLAG_SCORE_BIAS, dtype=torch.int32),
         pack_allowed(~banned[None]),
         torch.zeros(1, TOP_K, dtype=torch.int32),
         torch.zeros(1, TOP_K),
+        score_bias[None],
     )
     expected = route_topk_reference(logits, torch.zeros(TOKENS, dtype=torch.int32), rows, spec, correction_bias=bias)
-    masked = mask_logits(logits, banned[None], spec.scoring)
+    masked = mask_logits(bias_logits(logits, score_bias), banned[None], spec.scoring)
     found = route_topk_reference(masked, None, None, spec, correction_bias=None if bias is None else mask_bias(bias, banned))
     assert masked.dtype == dtype
     for ours, theirs in zip(sorted_routes(*found), sorted_routes(*expected), strict=True):
         torch.testing.assert_close(ours, theirs, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_of_nothing_keeps_logits_and_a_large_one_stays_finite(dtype):
+    logits = torch.tensor([[torch.nan, torch.inf, -0.0, 1.0, 6e4]]).to(dtype)
+    same = bias_logits(logits, torch.zeros(5))
+    torch.testing.assert_close(same, logits, equal_nan=True, rtol=0, atol=0)
+    assert same[0, 2].signbit()
+    assert bias_logits(logits, torch.full((5,), 3e38)).isfinite().all()
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])

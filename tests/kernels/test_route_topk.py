@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from kernel_cases import WEIGHT_TOLERANCE, Case, loop, make_case, random_rows
 from vllm_unsafe_routes.kernels import GatingSpec, route_topk, route_topk_reference
 from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu, route_topk_cpu
-from vllm_unsafe_routes.kernels.spec import FLAG_FORCED, FLAG_NATIVE_WEIGHTS, RouteRows, RouteWatch, pack_allowed, unpack_allowed
+from vllm_unsafe_routes.kernels.spec import (
+    FLAG_FORCED,
+    FLAG_NATIVE_WEIGHTS,
+    FLAG_SCORE_BIAS,
+    RouteRows,
+    RouteWatch,
+    pack_allowed,
+    unpack_allowed,
+)
 
 SENTINEL_ID, SENTINEL_WEIGHT = 77777, 12345.0
 
@@ -327,7 +335,8 @@ def test_the_cpu_path_equals_the_reference(scoring, rows, num_tokens, num_expert
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3, 100])
-def test_one_mask_for_all_equals_the_reference(scoring, native, num_tokens):
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_mask_for_all_equals_the_reference(scoring, native, num_tokens, biased):
     """The CPU's way through a step under a policy, where nothing reads the table; coarse logits tie, corners are among them."""
     spec = GatingSpec(60, 4, scoring, renormalize=scoring != "sqrtsoftplus", routed_scaling_factor=2.5 if native else 1.0)
     generator = torch.Generator().manual_seed(num_tokens)
@@ -337,12 +346,15 @@ def test_one_mask_for_all_equals_the_reference(scoring, native, num_tokens):
     banned = torch.zeros(1, 60, dtype=torch.bool)
     banned[0, torch.randperm(60, generator=generator)[: 56 if num_tokens == 3 else 9]] = True
     bias = torch.randn(60, generator=generator) if scoring == "sigmoid" else None
-    flags = torch.full((1,), FLAG_NATIVE_WEIGHTS if native else 0, dtype=torch.int32)
+    score_bias = (torch.randn(60, generator=generator) * 2).round() if biased else None
+    flags = torch.full((1,), (FLAG_NATIVE_WEIGHTS if native else 0) | (FLAG_SCORE_BIAS if biased else 0), dtype=torch.int32)
     rows = RouteRows(flags, pack_allowed(~banned), torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4))
+    if score_bias is not None:
+        rows = rows._replace(score_bias=score_bias[None])
     row_index = torch.zeros(num_tokens, dtype=torch.int32)
     expected_weights, expected_ids = route_topk_reference(logits, row_index, rows, spec, correction_bias=bias)
     weights, ids = torch.full((num_tokens, 4), SENTINEL_WEIGHT), torch.full((num_tokens, 4), SENTINEL_ID, dtype=torch.int64)
-    mask_topk_cpu(logits, banned, spec, bias, native, weights, ids)
+    mask_topk_cpu(logits, banned, spec, bias, native, weights, ids, score_bias)
     assert ids.tolist() == expected_ids.tolist()
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=WEIGHT_TOLERANCE)
     assert torch.equal(logits.isnan(), kept.isnan()) and torch.equal(logits.nan_to_num(), kept.nan_to_num())

@@ -86,6 +86,7 @@ def test_a_plan_cannot_lift_the_policy(plan, message):
         (RoutePolicy({1: LayerPolicy(frozenset({64}))}), r"expert 64 is out of range for 64 experts \(0-63\)"),
         (RoutePolicy({1: LayerPolicy(frozenset(range(61)))}), "3 experts left, top_k 4 are needed"),
         (RoutePolicy({1: LayerPolicy(protected=frozenset(range(5)))}), "5 protected experts, at most top_k 4"),
+        (RoutePolicy({1: LayerPolicy(bias={64: 1.0})}), r"expert 64 is out of range for 64 experts \(0-63\)"),
         (RoutePolicy({}, model="0" * 16), "the policy is for model 0000000000000000"),
     ],
 )
@@ -105,6 +106,40 @@ def test_a_policy_that_does_not_fit_is_refused(policy, message):
 )
 def test_a_soft_plan_that_the_policy_permits(plan):
     assert PlanCompiler(SHAPE, POLICY).compile(plan).digest == plan.digest
+
+
+BIASED = RoutePolicy({1: LayerPolicy({7}, {3}, {3: 0.5, 5: -2.0, 63: 1.0}), 4: LayerPolicy(bias={0: 1.5})}, "native")
+
+
+def bias_of(row):
+    """Flags and the bias of a row, by expert."""
+    flags, *_, bias = RowLayout(64, 4).columns(RowLayout(64, 4).table([row]))
+    return int(flags[0]), {expert: value for expert, value in enumerate(bias[0].tolist()) if value}
+
+
+def test_a_policy_s_bias_is_in_the_row_of_every_token_that_no_plan_forces():
+    compiler = PlanCompiler(SHAPE, BIASED)
+    first, second, third = compiler.policy_rows()
+    assert (bias_of(first), second, bias_of(third)) == ((12, {3: 0.5, 5: -2.0, 63: 1.0}), None, (12, {0: 1.5}))
+    plan = RoutePlan().bias(1, [0], {3: 0.25, 9: -1.0}).disable(1, [1], [63]).demote(1, [2], [0]).force(1, [3], [1, 2, 3, 4])
+    made = compiler.compile(plan.disable(4, [0], [0]).disable(2, [0], [0]))
+    rows = [None if row == NO_ROW else made.rows[row] for row in made.block[:, :4].ravel()]
+    assert bias_of(rows[0]) == (8, {3: 0.75, 5: -2.0, 9: -1.0, 63: 1.0})  # weights are as the plan says
+    assert bias_of(rows[1]) == (8, {3: 0.5, 5: -2.0})
+    assert bias_of(rows[2]) == (24, {3: 0.5, 5: -2.0, 63: 1.0})
+    assert rows[3] == PlanCompiler(SHAPE).compile(RoutePlan().force(1, [3], [1, 2, 3, 4])).rows[0]
+    assert rows[4] == PlanCompiler(SHAPE).compile(RoutePlan().disable(2, [0], [0])).rows[0]
+    assert rows[8] == PlanCompiler(SHAPE).compile(RoutePlan().disable(4, [0], [0])).rows[0]
+    assert made.block[2, 1] == NO_ROW  # the policy's row holds there
+    outweighed = compiler.compile(RoutePlan().bias(4, [0], {0: -1.5, 1: 2.0}))
+    assert bias_of(outweighed.rows[0]) == (8, {1: 2.0})
+    delta = compiler.compile_text(plan.to_string(), (1, 0, 1, 2, 3, 4))
+    assert delta.rows[delta.block[0, 0]] == rows[3]
+
+
+def test_a_bias_that_asks_for_what_a_policy_forbids_is_refused_as_ever():
+    with pytest.raises(RouteError, match="expert 3 is protected by the engine's policy and cannot be demoted"):
+        PlanCompiler(SHAPE, BIASED).compile(RoutePlan().bias(1, [0], {3: -0.1}))
 
 
 def test_soft_rows():

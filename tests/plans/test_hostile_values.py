@@ -33,6 +33,7 @@ HOSTILE = {
 }
 PLAN = json.loads(RoutePlan().force(1, [3], [0, 1], [0.5, 0.5]).disable(0, "all", [2]).to_json())
 POLICY = {"version": "route-policy/1", "layers": {"1": {"disabled": [3], "protected": [5]}}, "weights": "masked"}
+BIASED = {"version": "route-policy/2", "layers": {"1": {"disabled": [3], "bias": {"5": 0.5}}}}
 SHAPE = ModelShape.from_hf_config(
     {"model_type": "mixtral", "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
 )
@@ -40,6 +41,7 @@ READERS = {
     "plan": (PLAN, lambda document: PlanCompiler(SHAPE).compile(RoutePlan.from_json(document))),
     "plan as text": (PLAN, lambda document: RoutePlan.from_json(json.dumps(document))),
     "policy": (POLICY, lambda document: RoutePolicy.from_json(document).validate(SHAPE)),
+    "biased policy": (BIASED, lambda document: PlanCompiler(SHAPE, RoutePolicy.from_json(document)).policy_rows()),
     "policy as text": (POLICY, lambda document: RoutePolicy.from_json(json.dumps(document))),
     "settings": ({"policy": POLICY, "allow_overrides": True, "route_table_rows": 5}, RouteConfig.from_dict),
     "noise": ({"scale": 0.5, "seed": 3, "layers": [1]}, lambda document: Jitter.from_dict(document).validate(SHAPE)),

@@ -1,6 +1,7 @@
 """What stands beside a plan is a value too: nothing that was checked, digested or shared can change afterwards."""
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm_unsafe_routes.policy import ActivePolicy
 
 SHAPE = ModelShape("olmoe", 6, 64, (1, 2, 4), num_experts=64, top_k=4)
 POLICY = RoutePolicy({1: LayerPolicy(frozenset({7}), frozenset({3}))}, "native", SHAPE.fingerprint, {"rule": "by hand"})
+BIASED = RoutePolicy({1: LayerPolicy({7}, {3}, {9: 1.5, 2: -0.25, 4: 0.0})}, "native", SHAPE.fingerprint)
 
 
 def test_a_policy_keeps_what_it_was_made_of():
@@ -30,11 +32,33 @@ def test_a_policy_keeps_what_it_was_made_of():
     assert policy.layers == {1: LayerPolicy(frozenset({7, 9}))} and policy.provenance == {"rule": "by hand"}
 
 
+def test_a_policy_without_a_bias_is_what_it_was_before_there_was_one():
+    policy = RoutePolicy({3: LayerPolicy({7, 1}, {3}), 5: LayerPolicy({0}, bias={2: 0.0})}, "native")
+    assert policy.digest == "6212b20ed998d422c2ea8d8505607455" and policy.to_dict()["version"] == "route-policy/1"
+    with pytest.raises(RouteError, match="policy layer 1 has unknown keys bias; known are disabled, protected"):
+        RoutePolicy.from_json({"version": "route-policy/1", "layers": {"1": {"bias": {"2": 1.0}}}})
+
+
+def test_a_bias_is_part_of_the_file_and_of_the_digest():
+    document = BIASED.to_dict()
+    assert document["version"] == "route-policy/2"
+    assert document["layers"] == {"1": {"disabled": [7], "protected": [3], "bias": {"2": -0.25, "9": 1.5}}}
+    again = RoutePolicy.from_json(json.dumps(document))
+    assert again == BIASED and again.digest == BIASED.digest
+    digests = {RoutePolicy({1: LayerPolicy({7}, {3}, bias)}).digest for bias in ({}, {2: 1.0}, {2: 1.5}, {3: 1.0})}
+    assert len(digests) == 4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LayerPolicy([1.5]), r"disabled\[0\] must be an integer, got 1.5"),
         (lambda: LayerPolicy(protected={-1}), r"protected\[0\] -1 is out of range"),
+        (lambda: LayerPolicy(bias={-1: 1.0}), r"bias\[0\] -1 is out of range"),
+        (lambda: LayerPolicy(bias=5), "bias must be a mapping of expert -> value, got 5"),
+        (lambda: LayerPolicy(bias={1: float("inf")}), r"policy: bias must be finite float32 numbers, got \[inf\]"),
+        (lambda: LayerPolicy({1}, bias={1: 1.0}), "expert 1 is both disabled and biased"),
+        (lambda: ActivePolicy(BIASED, "observe"), "policy_mode 'observe' counts picks that are disabled; what a bias moves it"),
         (lambda: RoutePolicy({"3": LayerPolicy()}), r"policy layers\[0\] must be an integer, got '3'"),
         (lambda: RoutePolicy({-1: LayerPolicy()}), r"policy layers\[0\] -1 is out of range"),
         (lambda: RoutePolicy({1: {"disabled": [1]}}), "policy layer 1 must be a LayerPolicy"),
@@ -49,7 +73,7 @@ def test_wrong_values_are_refused_when_they_are_made(make, message):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-@pytest.mark.parametrize("value", [POLICY, ActivePolicy(POLICY), SHAPE], ids=["policy", "active", "shape"])
+@pytest.mark.parametrize("value", [POLICY, BIASED, ActivePolicy(POLICY), SHAPE], ids=["policy", "biased", "active", "shape"])
 def test_values_can_be_copied(copied, value):
     assert SHAPE.slot_of_layer[4] == 2 and ActivePolicy(POLICY).digest
     again = copied(value)

@@ -18,6 +18,7 @@ from vllm_unsafe_routes.compiler import PlanCompiler
 from vllm_unsafe_routes.engine.supported import FEATURES
 from vllm_unsafe_routes.engine.symbols import SYMBOLS
 from vllm_unsafe_routes.extras import RouteExtras
+from vllm_unsafe_routes.policy import ActivePolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "docs" / "plans.md"
@@ -93,6 +94,8 @@ MESSAGES = {
     "a protected expert is demoted, or biased down": lambda: compile_for(RoutePlan().bias(3, "all", {3: -1.0}), policy=POLICY),
     "another is raised above it": lambda: compile_for(RoutePlan().promote(3, "all", [5]), policy=POLICY),
     "disabled and protected": lambda: RoutePolicy({3: LayerPolicy(frozenset({1}), frozenset({1}))}),
+    "disabled and biased": lambda: LayerPolicy({1}, bias={1: 0.5}),
+    "observed bias": lambda: ActivePolicy(RoutePolicy({3: LayerPolicy(bias={1: 0.5})}), "observe"),
     "not a layer": lambda: RoutePolicy.from_json({"version": "route-policy/1", "layers": {"x": {}}}),
     "policy: layer without experts": lambda: RoutePolicy({20: LayerPolicy(frozenset({1}))}).validate(OLMOE),
     "policy: expert out of range": lambda: RoutePolicy({3: LayerPolicy(frozenset({64}))}).validate(OLMOE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from vllm_unsafe_routes import ModelShape, RoutePlan
+from vllm_unsafe_routes import LayerPolicy, ModelShape, RoutePlan, RoutePolicy
 
 
 def random_plan(rng: random.Random, shape: ModelShape, prompt_len: int) -> RoutePlan:
@@ -53,3 +53,15 @@ def _add_soft(rng: random.Random, plan: RoutePlan, layer: int, spans: tuple[obje
         plan.demote(layer, span, rng.sample(left[1:], rng.randrange(1, len(left))))
     if "disable" in wishes and len(left) > top_k:
         plan.disable(layer, other, [second])
+
+
+def random_biases(rng: random.Random, shape: ModelShape, weights: str) -> RoutePolicy:
+    """A policy that biases half of the experts of every layer, and bans none."""
+    half = shape.num_experts // 2
+    return RoutePolicy(
+        {
+            layer: LayerPolicy(bias={expert: rng.uniform(-3, 3) for expert in rng.sample(range(shape.num_experts), half)})
+            for layer in shape.moe_layers
+        },
+        weights,
+    )

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 import transformers
 
-from vllm_unsafe_routes import RoutePlan
+from vllm_unsafe_routes import RoutePlan, RoutePolicy
 
 
 class Oracle:
-    """A transformers model whose routers obey a plan.
+    """A transformers model whose routers obey a plan, and a policy for all tokens.
 
     Args:
         folder: a model saved by `tiny_models.make_model`.
+
+    Attributes:
+        policy: what holds for every token; None: nothing.
 
     """
 
@@ -28,6 +31,7 @@ class Oracle:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.eval()
         self.config = self.model.config
+        self.policy: RoutePolicy | None = None
         self._wishes: dict[int, dict[int, _Wish]] = {}
         self.routes: dict[int, list[tuple[list[int], list[float]]]] = {}
         for layer, block in enumerate(self.model.model.layers):
@@ -38,7 +42,7 @@ class Oracle:
 
     def logprobs(self, token_ids: list[int], prompt_len: int, plan: RoutePlan | None) -> torch.Tensor:
         """Log-probabilities of every next token, float32 [len(token_ids), vocab]."""
-        self._wishes = _read_wishes(plan, len(token_ids), prompt_len) if plan is not None else {}
+        self._wishes = _read_wishes(plan or RoutePlan(), self.policy or RoutePolicy({}), len(token_ids), prompt_len)
         self.routes = {}
         with torch.no_grad():
             logits = self.model(torch.tensor([token_ids])).logits[0]
@@ -146,16 +150,22 @@ class _Wish:
         return biased, steered
 
 
-def _read_wishes(plan: RoutePlan, num_tokens: int, prompt_len: int) -> dict[int, dict[int, _Wish]]:
+def _read_wishes(plan: RoutePlan, policy: RoutePolicy, num_tokens: int, prompt_len: int) -> dict[int, dict[int, _Wish]]:
     everything = set(range(4096))
     wishes: dict[int, dict[int, _Wish]] = {}
+    for layer, entry in policy.layers.items():
+        if entry.disabled or entry.bias:
+            wishes[layer] = {position: _Wish(policy.weights == "native") for position in range(num_tokens)}
+            for wish in wishes[layer].values():
+                wish.disabled, wish.bias = set(entry.disabled), dict(entry.bias)
     for item in plan.directives:
         spans = {"prompt": range(prompt_len), "generated": range(prompt_len, num_tokens), "all": range(num_tokens)}
         positions = spans[item.positions] if isinstance(item.positions, str) else item.positions
         for position in positions:
             if position >= num_tokens:
                 continue
-            wish = wishes.setdefault(item.layer, {}).setdefault(position, _Wish(plan.weights == "native"))
+            wish = wishes.setdefault(item.layer, {}).setdefault(position, _Wish(False))
+            wish.native = plan.weights == "native"
             if item.kind == "disable":
                 wish.disabled |= set(item.experts)
             elif item.kind == "allow":

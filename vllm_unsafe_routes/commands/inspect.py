@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "--architectures", action="store_true", help="print what becomes of every MoE architecture that vLLM registers, and why"
     )
     parser.add_argument("--plan", type=Path, help="a file with a plan: route-plan/1 JSON, or the string that a request carries")
-    parser.add_argument("--policy", type=Path, help="a route-policy/1 file; a plan is then checked under it")
+    parser.add_argument("--policy", type=Path, help="a policy file; a plan is then checked under it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     compiler = PlanCompiler(shape, policy)
     if policy is not None:
         facts["policy"] = policy.digest
+        facts["policy_says"] = policy.describe()
     if args.plan:
         try:
             plan = RoutePlan.from_string(args.plan.read_text(encoding="utf-8").strip())

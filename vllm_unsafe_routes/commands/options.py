@@ -58,7 +58,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, server: bool = True, r
         )
     if policy:
         which = "the engine enforces (or that the servers enforce)" if server else "the engine enforces"
-        group.add_argument("--policy", type=Path, help=f"a route-policy/1 file that {which}")
+        group.add_argument("--policy", type=Path, help=f"a policy file that {which}")
     group.add_argument("--max-model-len", type=int, help="longest request in tokens; default: the model's own")
     group.add_argument("--dtype", default="auto", help="dtype of the weights; float32 makes scores repeatable to 1e-6")
     group.add_argument(

@@ -1,6 +1,6 @@
-"""A policy tried out without restarting the engine: what it disables is added to every request's plan.
+"""A policy tried out without restarting the engine: its bans and biases are added to every request's plan.
 
-A plan's masks and a policy's bans mean the same to a router, so a policy can be measured before it is enforced. Only the engine's
+They mean the same to a router there, so a policy can be measured before it is enforced. Only the engine's
 own enforcement binds other clients; what is reported of a finished policy is measured under that.
 """
 
@@ -36,29 +36,32 @@ class PolicyBackend:
         self._backend = backend
         self.policy: RoutePolicy | None = policy
         self.shape, self.max_model_len, self.capacity = backend.shape, backend.max_model_len, backend.capacity
-        self._bans = {layer: sorted(entry.disabled) for layer, entry in policy.layers.items() if entry.disabled}
-        self._with_bans = lru_cache(maxsize=256)(self._add_bans)
+        self._layers = {layer: entry for layer, entry in policy.layers.items() if entry.routes}
+        self._under_policy = lru_cache(maxsize=256)(self._add_policy)
 
-    def _add_bans(self, text: str | None) -> str:
+    def _add_policy(self, text: str | None) -> str:
         assert self.policy is not None
         plan = RoutePlan(weights=self.policy.weights) if text is None else RoutePlan.from_string(text)
         if plan.weights != self.policy.weights:
             # One plan has one weight mode, and an engine would weigh the policy's layers by the policy's.
             raise RouteError(f"a policy with {self.policy.weights} weights cannot be tried under a plan with {plan.weights} ones")
-        for layer, experts in self._bans.items():
-            plan.disable(layer, "all", experts)
+        for layer, entry in self._layers.items():
+            if entry.disabled:
+                plan.disable(layer, "all", sorted(entry.disabled))
+            if entry.bias:
+                plan.bias(layer, "all", dict(entry.bias))
         return plan.to_string()
 
     def submit(self, number: int, request: Request) -> None:
         """Start a request under the policy."""
-        if self._bans:
-            request = replace(request, extras=replace(request.extras, plan=self._with_bans(request.extras.plan)))
+        if self._layers:
+            request = replace(request, extras=replace(request.extras, plan=self._under_policy(request.extras.plan)))
         self._backend.submit(number, request)
 
     def score_cells(self, items: Sequence[Cells]) -> list[CellScores] | None:
         """Score candidates under the policy."""
-        if self._bans:
-            items = [replace(item, plan=self._with_bans(item.plan)) for item in items]
+        if self._layers:
+            items = [replace(item, plan=self._under_policy(item.plan)) for item in items]
         return self._backend.score_cells(items)
 
     def poll(self) -> list[tuple[int, Response | RouteError]]:

@@ -4,7 +4,7 @@ An endpoint plugin of vLLM (group `vllm.endpoint_plugins`), which is loaded only
 does not cover its paths; they have a token of its own, because who may complete a prompt need not be who may change the policy.
 
     GET /unsafe-routes/policy             the active policy's digest, mode and content
-    PUT /unsafe-routes/policy[?mode=...]  body: a route-policy/1 document; answers once every worker runs it
+    PUT /unsafe-routes/policy[?mode=...]  body: a policy document; answers once every worker runs it
     GET /unsafe-routes/usage              how often each expert was picked since the last reset, in all and by label
     DELETE /unsafe-routes/usage           the same, and count from 0 again
 """

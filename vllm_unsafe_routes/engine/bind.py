@@ -127,7 +127,7 @@ def check_layer(runner: Any, shape: ModelShape, hooks: RouterHooks) -> Seam:
         method = type(runner.routed_experts.quant_method).__name__
         raise RouteError(
             f"the monolithic expert kernel of {method} routes inside itself; for plans and usage choose a modular one with "
-            f"{_advice(runner)}, or for plans that only mask 'seam': 'logits'"
+            f"{_advice(runner)}, or for plans that only mask and bias 'seam': 'logits'"
         )
     if runner.do_naive_dispatch_combine:
         method = type(runner.routed_experts.quant_method).__name__

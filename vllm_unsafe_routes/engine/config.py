@@ -40,7 +40,7 @@ class RouteConfig:
         gating: "native": the model's own gating runs first and only directed tokens are rewritten, so undirected tokens are
             bit for bit the model's own. "fused": one kernel replaces the gating of every token (Triton on GPUs).
         seam: "auto": a layer is controlled at its router; by a policy alone also at its logits, where its kernel routes inside
-            itself. "logits": every layer at its logits, by policies and by plans that only mask.
+            itself. "logits": every layer at its logits, by policies and by plans that only mask and bias.
         jitter: noise on router logits as `Jitter.to_dict`, or None.
         usage: a list: how often experts are picked is counted, and by these labels too, which requests may bring; None: it is not.
         score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
@@ -160,7 +160,7 @@ def _usage_labels(labels: Any) -> list[str]:
 def _shared_compiler(shape: ModelShape, policy_text: str | None, num_rows: int, num_cells: int) -> PlanCompiler:
     """One compiler for all parts of an engine that live in one process, so that they compile a plan once."""
     policy = None if policy_text is None else RoutePolicy.from_json(policy_text)
-    reserved = 0 if policy is None else sum(bool(entry.disabled) for entry in policy.layers.values())
+    reserved = 0 if policy is None else sum(entry.routes for entry in policy.layers.values())
     if reserved >= num_rows:
         raise RouteError(f"route_table_rows {num_rows} is too small: the policy alone needs {reserved}")
     return PlanCompiler(shape, policy, num_rows - reserved, num_cells)

@@ -55,7 +55,7 @@ class PolicyCounts:
         self._mode = active.mode
         layers = self._shape.moe_layers
         countable = self._local_slots if self._always_kept is None else self._always_kept
-        counted = [slot for slot in countable if active.banned(layers[slot])]
+        counted = [slot for slot in countable if active.at(layers[slot]).disabled]
         self._kept = frozenset(counted if self._always_kept is None else self._always_kept)
         device = self._native_ids.device
         self._slots = torch.tensor(counted, dtype=torch.int64, device=device)

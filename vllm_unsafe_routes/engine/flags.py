@@ -23,8 +23,8 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         "--route-policy",
         metavar="PATH",
         default=None,
-        help="A route-policy/1 file that holds for every request: experts that no token may be routed to, and experts that "
-        "no request may exclude. The server refuses to start if the policy cannot be enforced on every MoE layer.",
+        help="A policy file that holds for every request: experts that no token may be routed to, experts that no request "
+        "may exclude, biases on router logits. The server refuses to start if the policy cannot be enforced on every MoE layer.",
     )
     group.add_argument(
         "--route-policy-mode",

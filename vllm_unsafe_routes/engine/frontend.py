@@ -100,8 +100,8 @@ class PlanGuard:
             check_score(extras.score, num_prompt, self.vocab_size)
         if extras.has_plan:
             compiled = self.compiler.compile_text(extras.plan, extras.delta)
-            if self.config.seam == "logits" and not compiled.only_masks:
-                raise RouteError("seam 'logits' only masks: no 'native' or explicit weights, promote or demote")
+            if self.config.seam == "logits" and not compiled.fits_logits:
+                raise RouteError("seam 'logits' masks and biases only: no 'native' or explicit weights, promote or demote")
             check_prompt_length(compiled, num_prompt, extras, self.compiler.shape.top_k, self.max_model_len)
             ids = request.prompt_token_ids
             compiled.check_prompt(None if ids is None else ids[: extras.prompt_len(num_prompt)])

@@ -1,8 +1,8 @@
 """The seam at the logits: a layer whose kernel routes inside itself is given logits under which it selects no banned expert.
 
 `MoERunner._maybe_dispatch` gets a layer's logits last of what is common to all kernels, on this rank, before any exchange. It is
-replaced on the instance. Only masks can be said there, so plans and policies are refused that want more; `kernels/mask_logits.py`
-says how a mask is said, `probe.py` sees whether the kernel obeys. docs/decisions/logits-seam.md compares both seams.
+replaced on the instance. Only masks and biases can be said there, so plans and policies are refused that want more;
+`kernels/mask_logits.py` says how, `probe.py` sees whether the kernel obeys. docs/decisions/logits-seam.md compares both seams.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from vllm_unsafe_routes.kernels.mask_logits import groups_suffice, mask_bias, mask_logits
-from vllm_unsafe_routes.kernels.spec import GatingSpec, RouteRows, unpack_allowed
+from vllm_unsafe_routes.kernels.mask_logits import bias_logits, groups_suffice, mask_bias, mask_logits
+from vllm_unsafe_routes.kernels.spec import FLAG_SCORE_BIAS, GatingSpec, RouteRows, unpack_allowed
 
 from ..errors import RouteError
 from .probe import MOST_TOKENS, probe, probe_outputs
-from .router import Gating, LayerBinding, RouterHooks, Routing, controllers, jittered_logits
+from .router import Gating, LayerBinding, LayerMask, RouterHooks, Routing, controllers, jittered_logits
 
 _BIAS = "e_score_correction_bias"
 # How vLLM's names of expert weights and their scales begin.
@@ -73,6 +73,7 @@ class LogitsBinding(LayerBinding):
         weight = next(runner.routed_experts.parameters())
         num_experts = gating.spec.num_experts if gating.spec is not None else runner.router.global_num_experts
         self._banned = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
+        self._score_bias = torch.zeros(num_experts, device=weight.device)
 
     @property
     def device(self) -> torch.device:
@@ -91,12 +92,15 @@ class LogitsBinding(LayerBinding):
 
     @property
     def has_mask_path(self) -> bool:
-        """A mask is all there is."""
+        """A mask and a bias are all there is."""
         return True
 
-    def use_policy(self, banned: torch.Tensor) -> None:
-        """Mask the bias as well; it is the same for all tokens."""
-        self._banned.copy_(banned)
+    def use_policy(self, mask: LayerMask) -> None:
+        """Mask the correction bias as well; it is the same for all tokens."""
+        self._banned.copy_(mask.banned[0])
+        self._score_bias.zero_()
+        if mask.score_bias is not None:
+            self._score_bias.copy_(mask.score_bias)
         self.write_biases()
 
     def write_biases(self) -> None:
@@ -105,7 +109,7 @@ class LogitsBinding(LayerBinding):
             bias.write(self._banned)
 
     def refusal(self, banned: torch.Tensor, native_weights: bool) -> str | None:
-        """Only masks can be said at the logits."""
+        """Only masks and biases can be said at the logits."""
         if native_weights:
             return "weights 'native' cannot be kept at the logits, where its kernel weighs what it is given"
         if self.gating.spec is not None and not groups_suffice(banned, self.gating.spec):
@@ -113,21 +117,26 @@ class LogitsBinding(LayerBinding):
         return None
 
     def direct(self, routing: Routing, row_index: torch.Tensor, rows: RouteRows) -> None:
-        """Mask the tokens whose `row_index`, int32 [num_tokens], is not -1 by their rows; without plans all by the policy."""
-        banned = self._banned[None]
+        """Change the tokens whose `row_index`, int32 [num_tokens], is not -1 by their rows; without plans all by the policy."""
+        mask = LayerMask(self._banned[None], self._score_bias)
         if self._has_plans:
             row = row_index.clamp(min=0).long()
+            directed = (row_index >= 0).unsqueeze(1)
             # A forced row's words hold its own experts.
-            banned = ~unpack_allowed(rows.allowed[row], len(self._banned)) & (row_index >= 0).unsqueeze(1)
-        self.mask(routing, banned, False)
+            banned = ~unpack_allowed(rows.allowed[row], len(self._banned)) & directed
+            biased = directed & ((rows.flags[row] & FLAG_SCORE_BIAS) != 0).unsqueeze(1)
+            mask = LayerMask(banned, None if rows.score_bias is None else rows.score_bias[row].masked_fill(~biased, 0))
+        self.mask(routing, mask, False)
 
-    def mask(self, routing: Routing, banned: torch.Tensor, native_weights: bool) -> None:
-        """Mask all tokens; `banned` is bool [num_tokens or 1, num_experts]."""
+    def mask(self, routing: Routing, mask: LayerMask, native_weights: bool) -> None:
+        """Bias and mask all tokens; both parts may differ by token."""
         self.leave(routing)
-        routing.router_logits.copy_(mask_logits(routing.router_logits, banned, self.scoring))
+        logits = routing.router_logits
+        biased = logits if mask.score_bias is None else bias_logits(logits, mask.score_bias)
+        logits.copy_(mask_logits(biased, mask.banned, self.scoring))
 
     def leave(self, routing: Routing) -> None:
-        """Mask nothing; only note what is wanted of the logits."""
+        """Change nothing; only note what is wanted of the logits."""
         if routing.native_ids is not None:
             self._keep_picks(routing, routing.native_ids)
         if routing.watch is not None:

@@ -1,4 +1,4 @@
-"""The active policy in the route table: one row a layer that it bans something at."""
+"""The active policy in the route table: one row a layer that it bans or biases something at."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..policy import ActivePolicy
 from ..shape import ModelShape
 from .config import RouteConfig
 from .device_table import DeviceTable
-from .router import LayerBinding
+from .router import LayerBinding, LayerMask
 from .row_index import RowIndex
 
 
@@ -33,7 +33,7 @@ class PolicyRows:
     Attributes:
         compiler: compiles plans under the policy.
         row_of: int32 [MoE layers], the policy's row of each layer, -1 for none.
-        masks: MoE slot -> bool [1, num_experts], where a CPU step without plans is routed by the policy's bans alone.
+        masks: MoE slot -> what it bans and biases there, where a CPU step without plans is routed by the policy alone.
         native_weights: whether the policy keeps the weights of the router's own scores.
 
     """
@@ -54,7 +54,7 @@ class PolicyRows:
         self._contents: list[bytes] = []
         self.compiler: PlanCompiler
         self.row_of = np.full(len(shape.moe_layers), NO_ROW, np.int32)
-        self.masks: dict[int, torch.Tensor] = {}
+        self.masks: dict[int, LayerMask] = {}
         self.native_weights = False
 
     def __bool__(self) -> bool:
@@ -65,8 +65,8 @@ class PolicyRows:
         """Why a policy cannot be kept at a layer of this worker; None: it can."""
         native = active.policy is not None and active.policy.weights == "native"
         for slot, binding in self._bindings.items():
-            banned = banned_experts(self._shape, active, [slot])[0]
-            reason = binding.refusal(banned, native) if banned.any() else None
+            mask = layer_mask(self._shape, active, slot)
+            reason = binding.refusal(mask.banned[0], native) if active.at(self._shape.moe_layers[slot]).routes else None
             if reason is not None:
                 return f"policy layer {self._shape.moe_layers[slot]}: {reason}"
         return None
@@ -88,9 +88,9 @@ class PolicyRows:
         self.native_weights = active.policy is not None and active.policy.weights == "native"
         enforced = ActivePolicy(active.enforced)
         for slot, binding in self._bindings.items():
-            binding.use_policy(banned_experts(self._shape, enforced, [slot])[0])
+            binding.use_policy(layer_mask(self._shape, enforced, slot))
         self.masks = {
-            slot: banned_experts(self._shape, active, [slot])
+            slot: layer_mask(self._shape, active, slot)
             for slot, binding in self._bindings.items()
             if self.row_of[slot] != NO_ROW and binding.has_mask_path and not uses_triton(self._index.rows.device)
         }
@@ -100,5 +100,14 @@ def banned_experts(shape: ModelShape, active: ActivePolicy, slots: Sequence[int]
     """bool [len(slots), num_experts], on the CPU: the policy's bans at these MoE slots, whatever its mode."""
     banned = torch.zeros((len(slots), shape.num_experts), dtype=torch.bool)
     for at, slot in enumerate(slots):
-        banned[at, list(active.banned(shape.moe_layers[slot]))] = True
+        banned[at, list(active.at(shape.moe_layers[slot]).disabled)] = True
     return banned
+
+
+def layer_mask(shape: ModelShape, active: ActivePolicy, slot: int) -> LayerMask:
+    """What the policy, whatever its mode, asks of all tokens at a MoE slot; on the CPU."""
+    entry, bias = dict(active.at(shape.moe_layers[slot]).bias), None
+    if entry:
+        bias = torch.zeros(shape.num_experts)
+        bias[list(entry)] = torch.tensor(list(entry.values()))
+    return LayerMask(banned_experts(shape, active, [slot]), bias)

@@ -200,6 +200,19 @@ class Routing(NamedTuple):
             self.watch.mark.copy_(self.watch.step[:1])
 
 
+class LayerMask(NamedTuple):
+    """What a policy asks of all tokens at one layer.
+
+    Attributes:
+        banned: bool [1, num_experts].
+        score_bias: float32 [num_experts], added to the logits; None: nothing is.
+
+    """
+
+    banned: torch.Tensor
+    score_bias: torch.Tensor | None = None
+
+
 class LayerBinding:
     """One bound MoE layer: what the custom op needs when it is called with this layer's number.
 
@@ -256,18 +269,19 @@ class LayerBinding:
             watch=routing.watch,
         )
 
-    def mask(self, routing: Routing, banned: torch.Tensor, native_weights: bool) -> None:
-        """Route all tokens by one mask, on CPU; `banned` is bool [1, num_experts]. Only where `has_mask_path`."""
+    def mask(self, routing: Routing, mask: LayerMask, native_weights: bool) -> None:
+        """Route all tokens by one mask, on CPU. Only where `has_mask_path`."""
         assert self.gating.spec is not None
         self._keep_native(routing)
         mask_topk_cpu(
             routing.router_logits,
-            banned,
+            mask.banned,
             self.gating.spec,
             self.correction_bias,
             native_weights,
             routing.topk_weights,
             routing.topk_ids,
+            mask.score_bias,
         )
         routing.keep_routes()
 
@@ -277,8 +291,8 @@ class LayerBinding:
         routing.keep_routes()
         routing.leave_mark()
 
-    def use_policy(self, banned: torch.Tensor) -> None:
-        """Another policy bans these experts here, bool [num_experts], from now on; the rows of the table say so as well."""
+    def use_policy(self, mask: LayerMask) -> None:
+        """Another policy holds here from now on; the rows of the table say so as well."""
 
     def refusal(self, banned: torch.Tensor, native_weights: bool) -> str | None:
         """Why a policy with these bans, bool [num_experts], cannot be kept here."""
