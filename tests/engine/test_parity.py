@@ -9,7 +9,7 @@ from mixes import random_biases, random_plan
 from oracle import Oracle
 from tiny_models import VOCAB_SIZE
 
-from vllm_unsafe_routes import ModelShape, receipt_of
+from vllm_unsafe_routes import ModelShape, RoutePolicy, receipt_of
 from vllm_unsafe_routes.engine.cell_blocks import CellsUnavailable
 from vllm_unsafe_routes.engine.swap import swap_policy
 
@@ -56,7 +56,7 @@ def test_logprobs_equal_transformers(family, tiny_model):
             check_cells(llm, shape, oracle)
         check_biases(llm, oracle, shape, prompts[:4], plans[:4])
 
-    oracle.policy = None
+    oracle.policy = RoutePolicy({})
     num_changed = 0
     for prompt, plan, output in zip(prompts, plans, outputs, strict=True):
         tokens = prompt + list(output.outputs[0].token_ids)

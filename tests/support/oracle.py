@@ -15,6 +15,8 @@ import transformers
 
 from vllm_unsafe_routes import RoutePlan, RoutePolicy
 
+_NO_POLICY = RoutePolicy({})
+
 
 class Oracle:
     """A transformers model whose routers obey a plan, and a policy for all tokens.
@@ -23,7 +25,7 @@ class Oracle:
         folder: a model saved by `tiny_models.make_model`.
 
     Attributes:
-        policy: what holds for every token; None: nothing.
+        policy: what holds for every token.
 
     """
 
@@ -31,7 +33,7 @@ class Oracle:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.eval()
         self.config = self.model.config
-        self.policy: RoutePolicy | None = None
+        self.policy = _NO_POLICY
         self._wishes: dict[int, dict[int, _Wish]] = {}
         self.routes: dict[int, list[tuple[list[int], list[float]]]] = {}
         for layer, block in enumerate(self.model.model.layers):
@@ -42,7 +44,7 @@ class Oracle:
 
     def logprobs(self, token_ids: list[int], prompt_len: int, plan: RoutePlan | None) -> torch.Tensor:
         """Log-probabilities of every next token, float32 [len(token_ids), vocab]."""
-        self._wishes = _read_wishes(plan or RoutePlan(), self.policy or RoutePolicy({}), len(token_ids), prompt_len)
+        self._wishes = _read_wishes(plan or RoutePlan(), len(token_ids), prompt_len, self.policy)
         self.routes = {}
         with torch.no_grad():
             logits = self.model(torch.tensor([token_ids])).logits[0]
@@ -150,7 +152,9 @@ class _Wish:
         return biased, steered
 
 
-def _read_wishes(plan: RoutePlan, policy: RoutePolicy, num_tokens: int, prompt_len: int) -> dict[int, dict[int, _Wish]]:
+def _read_wishes(
+    plan: RoutePlan, num_tokens: int, prompt_len: int, policy: RoutePolicy = _NO_POLICY
+) -> dict[int, dict[int, _Wish]]:
     everything = set(range(4096))
     wishes: dict[int, dict[int, _Wish]] = {}
     for layer, entry in policy.layers.items():
