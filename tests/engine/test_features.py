@@ -21,6 +21,8 @@ from vllm_unsafe_routes import RoutePlan, receipt_of
 BANNED = {0: [0, 1, 2, 3, 4, 5], 1: [3], 2: [9, 10, 11]}
 POLICY = {"version": "route-policy/1", "layers": {str(layer): {"disabled": experts} for layer, experts in BANNED.items()}}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+# The model drafts for itself, without policy and plans.
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 3}
 
 
 def repetitive_prompts(count):
@@ -51,33 +53,51 @@ def assert_none_is_banned(picks):
         assert len(ids) and not np.isin(ids.numpy(), banned).any()
 
 
-def run_with_drafts(folder):
-    """Tokens, log-probabilities and policy of each request with and without n-gram speculation."""
+def plans_for(prompts):
+    """What requests ask for: nothing, masks everywhere or of generated tokens, forces at listed prompt and generated tokens."""
+    bound = [RoutePlan().for_prompt(prompt).force(1, ("generated", 2, 9), [4, 5, 6, 7]) for prompt in prompts[3:]]
+    bound[0].disable(2, "generated", [0])
+    masks = RoutePlan().disable(1, "all", [6, 7])
+    listed = RoutePlan().disable(2, "generated", [1, 2]).force(0, [5, 59], [8, 9, 10, 11])
+    return [None, masks.extra_args(), *(plan.extra_args(return_routes=True) for plan in (listed, *bound))]
+
+
+def run_with_drafts(folder, drafts):
+    """What each request says with and without speculation, the first under the policy alone, others under plans as well."""
     said = {}
-    for name, settings in (("plain", {}), ("drafted", {"speculative_config": NGRAM})):
-        with engine(folder, {"policy": POLICY}, disable_log_stats=False, **settings) as llm:
+    prompts = repetitive_prompts(6)
+    for name, settings in (("plain", {}), ("drafted", {"speculative_config": drafts})):
+        with engine(folder, {"policy": POLICY, "allow_overrides": True}, disable_log_stats=False, **settings) as llm:
             picks = record_picks(llm)
-            outputs = generate(llm, repetitive_prompts(6), [None] * 6, max_tokens=24)
+            outputs = generate(llm, prompts, [None] * 6, max_tokens=24) + generate(llm, prompts, plans_for(prompts), max_tokens=24)
             assert_none_is_banned(picks)
-            said[name] = [[list(one.outputs[0].token_ids), chosen_logprobs(one), receipt_of(one).policy] for one in outputs]
+            said[name] = [[list(one.outputs[0].token_ids), chosen_logprobs(one), said_of(receipt_of(one))] for one in outputs]
             counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     said["accepted"] = counted["vllm:spec_decode_num_accepted_tokens"]
+    said["drafted tokens"] = counted["vllm:spec_decode_num_draft_tokens"]
     return said
 
 
+def said_of(receipt):
+    routes = None if receipt.route_ids is None else np.sort(receipt.route_ids, -1).tolist()
+    return [receipt.policy, receipt.plan, receipt.routes_set, receipt.tokens, routes]
+
+
 @pytest.mark.v1_only  # stock vLLM's drafter for the V2 runner has a kernel that Triton's interpreter cannot run
-def test_a_policy_holds_under_speculation(tiny_model):
+@pytest.mark.parametrize("drafts", [NGRAM, DRAFT], ids=["ngram", "draft model"])
+def test_policy_and_plans_hold_under_speculation(tiny_model, drafts):
     """In a process of its own: with numba, which the drafter imports, vLLM cannot start another engine in the same process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parent)}
-    command = [sys.executable, __file__, str(tiny_model("olmoe"))]
+    folder = str(tiny_model("olmoe"))
+    command = [sys.executable, __file__, folder, json.dumps(drafts if drafts is NGRAM else {**drafts, "model": folder})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["accepted"] > 20
-    for (tokens, logprobs, policy), (other_tokens, other_logprobs, other_policy) in zip(
+    assert 20 < said["accepted"] < said["drafted tokens"]
+    for (tokens, logprobs, receipt), (other_tokens, other_logprobs, other_receipt) in zip(
         said["drafted"], said["plain"], strict=True
     ):
-        assert (tokens, policy) == (other_tokens, other_policy)
+        assert (tokens, receipt) == (other_tokens, other_receipt)
         assert logprobs == pytest.approx(other_logprobs, abs=1e-5)
 
 
@@ -116,4 +136,4 @@ def test_native_routed_experts_beside_the_prefix_cache(tiny_model):
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_with_drafts(Path(sys.argv[1]))))
+    print(json.dumps(run_with_drafts(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -29,7 +29,7 @@ from vllm_unsafe_routes.extras import KEYS
 from vllm_unsafe_routes.lab import model_path
 from vllm_unsafe_routes.lab.language import vocabulary
 
-pytestmark = [pytest.mark.v1_only, pytest.mark.long]  # server processes of their own
+pytestmark = [pytest.mark.v1_only, pytest.mark.long, pytest.mark.timeout(0)]  # server processes of their own, for hours
 
 NUM_ROUTINGS = int(os.environ.get("UNSAFE_ROUTES_ROUTINGS", 10**6))
 NUM_FUZZED = int(os.environ.get("UNSAFE_ROUTES_FUZZED", 10**6))

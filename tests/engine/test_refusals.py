@@ -355,7 +355,7 @@ ASKED = {
     "microbatching": (PARALLEL, {"ubatch_size": 2}, False, "use_ubatching=True: .* leave out --enable-dbo and --ubatch-size"),
     "prefill context parallel": (PARALLEL, {"prefill_context_parallel_size": 2}, False, "prefill_context_parallel_size=2: the"),
     "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, True, "decode_context_parallel_size=2: it leaves"),
-    "speculation": (DRAFTS, {"rejection_sample_method": "block"}, True, "=block: drafts that are rejected would be counted"),
+    "speculation": (DRAFTS, {"rejection_sample_method": "block"}, True, None),
     "speculation with relaxed acceptance": (DRAFTS, {"rejection_sample_method": "fly"}, False, "rejection_sample_method=fly: dra"),
     "KV offloading by block hash": (TRANSFER, {"kv_connector": "OffloadingConnector"}, True, "kv_connector=OffloadingConnector: "),
     "other KV connectors": (TRANSFER, {"kv_connector": "ExampleConnector"}, False, "ExampleConnector: .*leave out --kv-transfer"),
@@ -418,14 +418,14 @@ def test_the_check_runs_when_a_config_is_made(routes, tiny_model):
     arguments = EngineArgs(
         model=str(tiny_model("olmoe")),
         skip_tokenizer_init=True,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+        kv_transfer_config={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
         additional_config={} if routes is None else {CONFIG_KEY: routes},
     )
     if routes:
-        with pytest.raises(RouteError, match="rejection_sample_method=standard: drafts that are rejected"):
+        with pytest.raises(RouteError, match="kv_connector=OffloadingConnector: routes of blocks"):
             arguments.create_engine_config()
     else:
-        assert arguments.create_engine_config().speculative_config is not None
+        assert arguments.create_engine_config().kv_transfer_config is not None
 
 
 @pytest.mark.parametrize(

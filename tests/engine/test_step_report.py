@@ -8,7 +8,7 @@ import torch
 
 from vllm_unsafe_routes.engine.capture import RouteCapture
 from vllm_unsafe_routes.engine.host_copies import HostCopy
-from vllm_unsafe_routes.engine.progress import PROGRESS_ATTRIBUTE, StepProgress, StepReport
+from vllm_unsafe_routes.engine.progress import PROGRESS_ATTRIBUTE, RoutesSet, StepProgress, StepReport
 from vllm_unsafe_routes.engine.step import Part, Resident, Step
 from vllm_unsafe_routes.engine.sums import DeviceSums
 from vllm_unsafe_routes.extras import RouteExtras
@@ -20,7 +20,7 @@ def test_an_asynchronous_output_gets_its_own_step_however_late_it_is_read():
     buffer = torch.zeros(3)
     for number in range(2):
         buffer.fill_(number)
-        entry = StepProgress(number, 0)
+        entry = StepProgress(RoutesSet(0, 1, number))
         report.progress = {"a": entry}
         report.copies.take(buffer, lambda values, entry=entry: setattr(entry, "scores", values))
         outputs.append(types.SimpleNamespace(get_output=types.SimpleNamespace))
@@ -29,7 +29,7 @@ def test_an_asynchronous_output_gets_its_own_step_however_late_it_is_read():
     buffer.fill_(9)
     for number, output in reversed(list(enumerate(outputs))):
         (entry,) = getattr(output.get_output(), PROGRESS_ATTRIBUTE).values()
-        assert (entry.routes_set, entry.scores.tolist()) == (number, [number] * 3)
+        assert (entry.routes.number, entry.scores.tolist()) == (number, [number] * 3)
 
 
 def test_a_report_of_nothing_leaves_the_output_alone():
@@ -43,14 +43,16 @@ def test_captured_routes_are_cut_to_each_request(monkeypatch):
     capture = RouteCapture((2, 16, 4), torch.device("cpu"), False, [0, 1])
     assert capture.apply(0, 5) == (None, None)
     wants, other = (Resident(0, None, RouteExtras(wants_routes=wanted), 3, 0) for wanted in (True, False))
-    step = Step([Part("a", other, 7, 2, 0), Part("b", wants, 4, 3, 2)], ["a", "b"], {"a": 2, "b": 3}, 5)
+    # The host takes a draft of the step before for accepted, which the device knows was not: 4 instead of 5.
+    positions = torch.tensor([7, 8, 4, 5, 6])
+    step = Step([Part("a", other, 7, 2, 0), Part("b", wants, 5, 3, 2)], ["a", "b"], {"a": 2, "b": 3}, 5, None, positions)
     capture.stage(step)
     for slot in range(2):
         ids, weights = capture.apply(slot, 5)
         ids.copy_(torch.arange(20).reshape(5, 4) + 100 * slot)
         weights.fill_(slot)
     report = StepReport()
-    report.progress = {"a": StepProgress(0, 0), "b": StepProgress(0, 0)}
+    report.progress = {"a": StepProgress(), "b": StepProgress()}
     capture.collect(step, report)
     report.copies.resolve()
     assert report.progress["a"].route_ids is None

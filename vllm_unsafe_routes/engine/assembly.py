@@ -13,6 +13,7 @@ import numpy as np
 from ..binding import prompt_digest
 from ..receipt import RECEIPT_KEY, Receipt, receipts_document
 from .attributes import ANSWER, PARTS, SAMPLES
+from .progress import RoutesSet
 
 
 class _Parts:
@@ -47,12 +48,12 @@ class _Parts:
         num_computed = num_prompt + max(num_output, 1) - 1
         start = fields.get("routes_start", 0)
         ids, weights = self._routes(start, num_computed)
-        routes_set, end, per_token = fields.get("routes", (0, 0, 0))
+        routes = RoutesSet(*fields.get("routes", (0, 0, 0)))
         scores = fields.get("scores")
         return Receipt(
             plan=fields["plan"],
             policy=fields["policy"],
-            routes_set=routes_set + per_token * max(0, num_computed - end),
+            routes_set=routes.upto(num_computed),
             cached_tokens=fields["cached_tokens"],
             route_ids=ids,
             route_weights=weights,

@@ -68,8 +68,13 @@ class RouteCapture:
                 rows = values[:, part.first : part.first + part.num_tokens]
                 setattr(progress[part.req_id], name, rows.transpose(1, 0, 2).copy())
 
-        for part in wanted:
-            progress[part.req_id].chunk_start = part.start
+        def place(positions: np.ndarray) -> None:
+            for part in wanted:
+                progress[part.req_id].chunk_start = int(positions[part.first])
+
+        # The host may not know yet how many drafts of the step before were rejected.
+        assert step.positions is not None
+        report.copies.take(step.positions[: step.num_tokens], place)
         report.copies.take(self._ids[:, : step.num_tokens], lambda values: use("route_ids", values))
         report.copies.take(self._weights[:, : step.num_tokens], lambda values: use("route_weights", values))
         if get_pp_group().world_size > 1:

@@ -248,6 +248,7 @@ def _check(runner: Any, vllm_config: Any) -> None:
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE"),
         (vllm_config.lora_config is not None, "LoRA"),
+        (vllm_config.speculative_config is not None, "speculation"),
         (vllm_config.aux_output_config.enable_return_routed_experts, "vLLM's own capture of routes"),
         (model.uses_mrope, "multi-dimensional rotary positions"),
         (model.is_encoder_decoder or model.is_multimodal_model, "more than a decoder of text"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,15 +35,37 @@ class RouteCounts:
         return asdict(self)
 
 
+class RoutesSet(NamedTuple):
+    """How many (layer, token) routes a request sets, of however many tokens will count.
+
+    Attributes:
+        start: first position that this engine computed for it.
+        end: one past the last position that `number` counts; the front end knows how many tokens behind it count: drafts that
+            are rejected, and what follows a stop string, do not.
+        number: routes of positions `start` to `end`.
+        further: routes of each position from `end` on; all behind the last have as many as the last. Empty while the prompt is
+            under way.
+
+    """
+
+    start: int
+    end: int
+    number: int
+    further: tuple[int, ...] = ()
+
+    def upto(self, end: int) -> int:
+        """Routes of positions `start` to `end` (exclusive)."""
+        num_more = max(0, end - self.end) if self.further else 0
+        listed = self.further[:num_more]
+        return self.number + sum(listed) + (num_more - len(listed)) * (self.further or (0,))[-1]
+
+
 @dataclass(slots=True)
 class StepProgress:
     """What a worker reports of one request after one step.
 
     Attributes:
-        routes_set: (layer, token) routes set so far.
-        first_position: first position that this engine computed for the request.
-        end: one past the last position that `routes_set` counts.
-        routes_per_token: routes that each further token sets, until the next report.
+        routes: how many are set, where that does not follow from what was said before.
         chunk_start: position of the first row of `route_ids`.
         route_ids: int32 [num_tokens, num_moe_layers, top_k] of this step, or None.
         route_weights: float32, same shape, or None.
@@ -52,10 +74,7 @@ class StepProgress:
 
     """
 
-    routes_set: int
-    first_position: int
-    end: int = 0
-    routes_per_token: int = 0
+    routes: RoutesSet | None = None
     chunk_start: int = 0
     route_ids: np.ndarray | None = None
     route_weights: np.ndarray | None = None

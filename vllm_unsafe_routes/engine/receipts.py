@@ -13,7 +13,7 @@ import numpy as np
 from ..policy import ActivePolicy
 from ..receipt import RECEIPT_KEY
 from .cache import RouteContext
-from .progress import StepProgress
+from .progress import RoutesSet, StepProgress
 
 
 class _Open:
@@ -24,7 +24,7 @@ class _Open:
 
     """
 
-    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "progress", "scores", "scores_are_new")
+    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "routes", "scores", "scores_are_new")
 
     def __init__(self, context: RouteContext | None) -> None:
         self.start(context, ())
@@ -35,7 +35,7 @@ class _Open:
         self.earlier = earlier
         self.is_new = True
         self.cached = 0
-        self.progress: StepProgress | None = None
+        self.routes: RoutesSet | None = None
         self.chunks: list[tuple[int, Any, Any]] = []
         self.scores: Any = None
         self.scores_are_new = False
@@ -45,7 +45,7 @@ class _Open:
             self.scores_are_new = True
 
     def advance(self, step: StepProgress) -> None:
-        self.progress = step
+        self.routes = step.routes or self.routes
         if step.route_ids is not None and step.route_weights is not None:
             known = max(0, self._routes_start() - step.chunk_start)
             if known < len(step.route_ids):
@@ -67,9 +67,9 @@ class _Open:
             news = {"plan": plan.digest if plan else None, "policy": active.digest, "cached_tokens": self.cached}
             news |= {"policy_mode": active.mode if active.policy is not None else None, "earlier_policies": self.earlier}
             news["routes_start"] = self._routes_start()
-        if self.progress is not None:
-            step, self.progress = self.progress, None
-            news |= {"routes": (step.routes_set, step.end, step.routes_per_token), "cached_tokens": step.first_position}
+        if self.routes is not None:
+            news |= {"routes": tuple(self.routes), "cached_tokens": self.routes.start}
+            self.routes = None
         if self.chunks:
             news["chunks"] = [(start, *ids.shape, ids.tobytes(), weights.tobytes()) for start, ids, weights in self.chunks]
             self.chunks = []

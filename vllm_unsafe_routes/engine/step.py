@@ -19,7 +19,7 @@ import torch
 
 from ..compiled import CompiledPlan
 from ..extras import RouteExtras
-from .progress import StepProgress
+from .progress import RoutesSet, StepProgress
 
 # Slot 0 of the device table belongs to every request without a plan.
 NO_PLAN_SLOT = 0
@@ -35,7 +35,7 @@ class Resident:
         extras: what it asks for.
         prompt_len: tokens of its prompt.
         start: first position that this engine computed for it.
-        end: one past the last position computed so far.
+        end: one past the last position computed so far, rejected drafts included.
 
     """
 
@@ -45,20 +45,22 @@ class Resident:
     prompt_len: int
     start: int
     end: int = 0
-    # The start that was told when every further token had come to set as many routes.
+    # The start that was told together with what every further token sets.
     _told: int | None = None
 
     def news(self) -> StepProgress | None:
         """Where it is after a step; None if that follows from what was said, as in decoding."""
-        if self._told == self.start and not self.extras.wants_routes and self.extras.score is None:
-            return None
-        plan, prompt_len, end = self.plan, self.prompt_len, max(self.start, self.end)
-        is_steady = plan is None or end >= max(plan.num_listed, prompt_len)
-        self._told = self.start if is_steady else None
+        if self._told == self.start:
+            return StepProgress() if self.extras.wants_routes or self.extras.score is not None else None
+        plan, start, prompt_len = self.plan, self.start, self.prompt_len
+        is_decoding = self.end >= prompt_len
+        self._told = start if is_decoding else None
+        end = max(start, min(self.end, prompt_len))
         if plan is None:
-            return StepProgress(0, self.start, end)
-        per_token = plan.num_routes(end, end + 1, prompt_len) if is_steady else 0
-        return StepProgress(plan.num_routes(self.start, end, prompt_len), self.start, end, per_token)
+            return StepProgress(RoutesSet(start, end, 0))
+        upto = max(end, plan.num_listed) + 1 if is_decoding else end
+        further = tuple(plan.num_routes(position, position + 1, prompt_len) for position in range(end, upto))
+        return StepProgress(RoutesSet(start, end, plan.num_routes(start, end, prompt_len), further))
 
     def restart(self) -> None:
         """The request will be computed again from its first token."""
@@ -71,7 +73,7 @@ class Part(NamedTuple):
     Attributes:
         req_id: the request.
         resident: what is known of it.
-        start: first position that it computes.
+        start: first position that it computes; of drafts that may be rejected before, the furthest that it can be.
         num_tokens: positions that it computes.
         first: where its tokens begin among those of the batch.
 

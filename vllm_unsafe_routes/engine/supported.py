@@ -135,7 +135,7 @@ FEATURES = (
         "speculation",
         _is_one_of("speculative_config", "rejection_sample_method", _STRICT_VERIFICATION),
         None,
-        "drafts that are rejected would be counted and returned as routes; leave out --speculative-config",
+        None,
     ),
     Feature(
         "KV offloading by block hash",
