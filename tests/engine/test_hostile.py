@@ -212,23 +212,33 @@ XARGS = st.one_of(
 )
 
 
+REQUESTS = st.tuples(XARGS, st.sampled_from(["completions", "completions", "chat/completions"]), st.booleans())
+
+
+def fuzz(client, url, xargs, endpoint, stream):
+    """The status of the answer, which must be one."""
+    body = {"model": "tiny", "max_tokens": 2, "stream": stream, "vllm_xargs": xargs}
+    body |= {"prompt": [5, 6, 7]} if endpoint == "completions" else {"messages": MESSAGES}
+    # httpx refuses NaN and infinities; a hostile client does not.
+    answer = client.post(f"{url}/v1/{endpoint}", content=json.dumps(body).encode(), headers=JSON)
+    assert answer.status_code in (200, 400, 422), (xargs, answer.status_code, answer.text)
+    assert b'"code":500' not in answer.content and b"InternalServerError" not in answer.content, (xargs, answer.text)
+    return answer.status_code
+
+
 def test_whatever_is_sent_as_a_plan(tmp_path):
     """No answer but 200 and 400, the server lives, its memory is flat, and rows and slots come back."""
     statuses, sizes = Counter(), []
-    with start(tmp_path, "--enable-route-overrides") as started, httpx.Client(timeout=60) as client:
+    pool = concurrent.futures.ThreadPoolExecutor(NUM_WORKERS)
+    with start(tmp_path, "--enable-route-overrides") as started, httpx.Client(timeout=60) as client, pool:
 
-        @given(xargs=XARGS, endpoint=st.sampled_from(["completions", "completions", "chat/completions"]), stream=st.booleans())
-        @settings(max_examples=NUM_FUZZED, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        def send(xargs, endpoint, stream):
-            body = {"model": "tiny", "max_tokens": 2, "stream": stream, "vllm_xargs": xargs}
-            body |= {"prompt": [5, 6, 7]} if endpoint == "completions" else {"messages": MESSAGES}
-            # httpx refuses NaN and infinities; a hostile client does not.
-            answer = client.post(f"{started.url}/v1/{endpoint}", content=json.dumps(body).encode(), headers=JSON)
-            assert answer.status_code in (200, 400, 422), (answer.status_code, answer.text)
-            assert b'"code":500' not in answer.content and b"InternalServerError" not in answer.content, answer.text
-            statuses[answer.status_code] += 1
-            if sum(statuses.values()) in (NUM_FUZZED // 5, NUM_FUZZED):
+        @given(requests=st.lists(REQUESTS, min_size=NUM_WORKERS, max_size=NUM_WORKERS))
+        @settings(max_examples=-(-NUM_FUZZED // NUM_WORKERS), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def send(requests):
+            statuses.update(pool.map(lambda request: fuzz(client, started.url, *request), requests))
+            if len(sizes) < 5 * statuses.total() // NUM_FUZZED:
                 sizes.append(memory(started))
+                print(f"{statuses.total()} requests: {dict(statuses)}, {sizes[-1] / 2**20:.0f} MiB", flush=True)
 
         began = time.monotonic()
         send()
@@ -237,7 +247,6 @@ def test_whatever_is_sent_as_a_plan(tmp_path):
         body = {"model": "tiny", "prompt": [5, 6, 7], "vllm_xargs": GOOD.extra_args()}
         found = client.post(f"{started.url}/v1/completions", json=body)
         assert receipt_of(found.json()).plan == GOOD.digest
-    print(f"\n{sum(statuses.values())} requests in {time.monotonic() - began:.0f} s: {dict(statuses)}")
-    print(f"memory {sizes[0] / 2**20:.0f} MiB after a fifth, {sizes[-1] / 2**20:.0f} MiB at the end")
+    print(f"{statuses.total()} requests in {time.monotonic() - began:.0f} s; {sizes[-1] / 2**20:.0f} MiB at the end")
     assert min(statuses[200], statuses[400]) > 0
     assert sizes[-1] < 1.1 * sizes[0] + (64 << 20)
