@@ -10,6 +10,7 @@ from ..study.run import run_fsour
 from ..study.settings import FsourStudy
 from . import show
 from .options import (
+    add_controls,
     add_data_options,
     add_fsour_options,
     add_judge_options,
@@ -36,14 +37,7 @@ def add(commands: Any) -> None:
     add_judge_options(parser, stop=True)
     add_fsour_options(parser)
     add_search_answered(parser)
-    parser.add_argument(
-        "--controls",
-        type=int,
-        metavar="N",
-        default=0,
-        help="beside each found route: its experts with native weights, the model's own experts with masked ones, and N random "
-        "routes at the same cells (default: 0, no controls)",
-    )
+    add_controls(parser)
     parser.add_argument("--artifact", type=Path, help="also write a JailbreakBench attack artifact to this file")
     parser.set_defaults(run=run)
 

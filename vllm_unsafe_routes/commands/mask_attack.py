@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..plan import WEIGHT_MODES
 from ..search.masking import ATTACKS, MaskSettings
 from ..study.run import run_masks
 from ..study.settings import MaskStudy
 from . import show
-from .options import add_data_options, add_judge_options, add_model_options, numbers_of, setup_of
+from .options import add_controls, add_data_options, add_judge_options, add_model_options, numbers_of, setup_of
 
 
 def add(commands: Any) -> None:
@@ -41,6 +42,13 @@ def add(commands: Any) -> None:
     group.add_argument("--chosen-limit", type=int, default=24, help="prompts that --chosen-on draws (default: 24)")
     group.add_argument("--attack", action="append", choices=ATTACKS, help="only these; may be repeated (default: all)")
     group.add_argument("--alone", action="store_true", help="search each layer without the masks chosen before it")
+    group.add_argument(
+        "--weights",
+        choices=WEIGHT_MODES,
+        default="masked",
+        help="weights of the experts that a mask leaves: masked (the paper's), or native, which leaves out what rescaling does",
+    )
+    add_controls(parser)
     group.add_argument("--prompt-only", action="store_true", help="masks hold for prompt tokens only, not while decoding")
     parser.set_defaults(run=run)
 
@@ -54,7 +62,10 @@ def settings_of(args: argparse.Namespace) -> MaskStudy:
         attacks=tuple(args.attack or ATTACKS),
         chosen_on=args.chosen_on,
         chosen_limit=args.chosen_limit,
-        search=MaskSettings(num_masks=args.masks, keep_earlier=not args.alone, while_decoding=not args.prompt_only),
+        search=MaskSettings(
+            num_masks=args.masks, keep_earlier=not args.alone, while_decoding=not args.prompt_only, weights=args.weights
+        ),
+        controls=args.controls,
     )
 
 

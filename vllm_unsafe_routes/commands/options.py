@@ -286,6 +286,18 @@ def add_search_answered(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_controls(parser: argparse.ArgumentParser) -> None:
+    """What is measured beside a found route."""
+    parser.add_argument(
+        "--controls",
+        type=int,
+        metavar="N",
+        default=0,
+        help="beside each found route: its experts with native weights, the model's own experts with masked ones, and N random "
+        "routes at the same cells (default: 0, no controls)",
+    )
+
+
 def fsour_settings(args: argparse.Namespace) -> FsourSettings:
     """The options of `add_fsour_options` as settings."""
     adaptive = AdaptiveSettings(**{field.name: getattr(args, f"adaptive_{field.name}") for field in fields(AdaptiveSettings)})

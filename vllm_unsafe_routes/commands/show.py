@@ -54,7 +54,19 @@ def masks(summary: Mapping[str, Any]) -> str:
     """ASR by attack and number of layers."""
     lines = ["ASR with 95% interval"]
     lines += [f"  {_label(name):<28} {interval(entry)}" for name, entry in summary["asr"].items()]
+    for attack, found in summary.get("controls", {}).items():
+        lines.append(f"{attack}, masks of most layers")
+        lines += _controls(found)
     return "\n".join(lines) + cost(summary)
+
+
+def _controls(found: Mapping[str, Any]) -> list[str]:
+    """The target under each control."""
+    return [
+        f"  target, {name:<20} {entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}] nats"
+        for name, entry in found.items()
+        if name != "prompts"
+    ]
 
 
 def _label(name: str) -> str:
@@ -84,9 +96,7 @@ def fsour(summary: Mapping[str, Any], strategy: str) -> str:
         f"  {summary['attempts']} attempts, {summary['candidates']} candidates ({summary['needed']} one by one), "
         f"{summary['computed_tokens']} of {summary['tokens']} tokens computed"
     )
-    for name, entry in summary.get("controls", {}).items():
-        if name != "prompts":
-            lines.append(f"  target, {name:<20} {entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}] nats")
+    lines += _controls(summary.get("controls", {}))
     return "\n".join(lines) + cost(summary)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..study.controls import controls_summary
+from ..study.controls import controls_by_attack
 from ..study.records import Controls, Fsour, Rosais
 from .answers import completions
 from .costs import costs, machine
 from .gallery import gallery
 from .layers import rosais
 from .prompts import by_prompt, prompt_sets
-from .rates import attack_rates, differences, matrices, tries, utility
+from .rates import attack_rates, differences, matrices, name_of, tries, utility
 from .runs import Run
 from .searches import curves, experts, routes
 
@@ -64,12 +64,15 @@ def collect(runs: Sequence[Run], *, title: str | None = None, keep_completions: 
 
 def _controls(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What is route and what is rescaling, by run."""
-    found = [(run, run.records(Controls)) for run in runs]
-    return [
-        {"run": run.name, "attack": records[0].attack, "weights": records[0].weights, **controls_summary(records)}
-        for run, records in found
-        if records
-    ]
+    entries = []
+    for run in runs:
+        records = run.records(Controls)
+        weights = {record.attack: record.weights for record in records}
+        entries += [
+            {"run": run.name, "attack": name_of(attack), "weights": weights[attack], **found}
+            for attack, found in controls_by_attack(records).items()
+        ]
+    return entries
 
 
 def _run(run: Run) -> dict[str, Any]:

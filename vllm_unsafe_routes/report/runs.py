@@ -33,7 +33,7 @@ from ..study.records import (
 )
 
 # Types that a report shows; others are counted and named.
-SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility, Throughput, Work)
+SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Controls, Matrix, Utility, Throughput, Work)
 NO_CATEGORY = "no category"
 _JUDGED = (Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility)
 R = TypeVar("R", bound=Record)

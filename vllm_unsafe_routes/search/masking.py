@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..cells import CellScores
 from ..errors import RouteError
-from ..plan import RoutePlan
+from ..plan import WEIGHT_MODES, RoutePlan
 from .backend import Backend, Search
 from .masks import Experts, mask_plan, rng_of
 from .rosais import AffirmativeScore, Prompt
@@ -36,6 +36,7 @@ class MaskSettings:
             (default): they stay, so that each mask is chosen in the company that it will keep. False: each layer is searched
             alone.
         while_decoding: the paper leaves open whether masks stay on for generated tokens. True (default): they do.
+        weights: "masked" (the paper's) or "native", which leaves out what rescaling does.
 
     """
 
@@ -45,8 +46,11 @@ class MaskSettings:
     score: str = "next"
     keep_earlier: bool = True
     while_decoding: bool = True
+    weights: str = "masked"
 
     def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_MODES:
+            raise RouteError(f"weights {self.weights!r} is not one of {', '.join(WEIGHT_MODES)}")
         for name in ("num_layers", "num_masks"):
             if getattr(self, name) < 1:
                 raise RouteError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -71,7 +75,7 @@ class MaskResult:
 
     def plan(self, settings: MaskSettings, level: int | None = None) -> RoutePlan:
         """The masks, or the first `level` of them, as a plan."""
-        return mask_plan(self.masks[:level], "all" if settings.while_decoding else "prompt")
+        return mask_plan(self.masks[:level], "all" if settings.while_decoding else "prompt", settings.weights)
 
 
 def choose_layers(attack: str, ranking: Sequence[int], settings: MaskSettings, name: str) -> list[int]:
@@ -116,8 +120,9 @@ def mask_attack(
         if layer not in experts.searchable:
             continue
         sets = experts.draw_many(num_masks or settings.num_masks, layer, "search-mask", settings.seed, name)
-        earlier = mask_plan(chosen, "all").to_string() if chosen and settings.keep_earlier else None
-        answers = yield [score.cells(earlier, [(layer, mask) for mask in sets]) for score in scores]
+        # Without a directive, a plan says only which weights the candidates have.
+        earlier = mask_plan(chosen if settings.keep_earlier else [], "all", settings.weights)
+        answers = yield [score.cells(earlier.to_string(), [(layer, mask) for mask in sets]) for score in scores]
         values = _means(scores, answers)
         best = int(np.argmax(values))
         best_value = float(values[best])

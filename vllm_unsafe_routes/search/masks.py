@@ -60,9 +60,9 @@ class Experts:
         return [self.draw(rng, layer) for _ in range(count)]
 
 
-def mask_plan(masks: Sequence[tuple[int, tuple[int, ...]]], positions: str, native: bool = False) -> RoutePlan:
+def mask_plan(masks: Sequence[tuple[int, tuple[int, ...]]], positions: str, weights: str = "masked") -> RoutePlan:
     """A plan that leaves exactly the given experts at each (layer, experts), for every token in `positions`."""
-    plan = RoutePlan(weights="native" if native else "masked")
+    plan = RoutePlan(weights)
     for layer, experts in masks:
         plan.force(layer, positions, experts)
     return plan

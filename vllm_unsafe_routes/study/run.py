@@ -8,7 +8,7 @@ Every function takes `backend`, an engine that is open already; without it one i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..search.rosais import RosaisSettings
 from . import artifact
 from .bench import Bench
 from .campaign import Campaign
-from .controls import controls_record
+from .controls import Found, controls_record
 from .fsour import fsour_record
 from .jobs import Job, What, dataset_mask_record, mask_record, plain_record, rosais_record, run_jobs, unjudged
 from .model import Item
@@ -65,13 +65,16 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
     chosen_on = read_prompts(study.chosen_on, study.chosen_limit, columns=study.columns) if study.chosen_on else []
     # Other prompts may have the same ids.
     search_items = workspace.render([replace(record, id=f"chosen-on:{record.id}") for record in chosen_on])
-    own = _without(search, "seed", "num_layers") | {
+    own = _without(search, "seed", "num_layers", "weights") | {
         "chosen_on": prompts_digest(chosen_on) if chosen_on else None,
         "levels": levels,
         "attacks": list(study.attacks),
         "ranking": ranking,
         "max_new_tokens": study.judging.max_new_tokens,
     }
+    # Runs before there were other weights and controls name neither.
+    own |= {"weights": search.weights} if search.weights != "masked" else {}
+    own |= {"controls": study.controls} if study.controls else {}
 
     def of_dataset(bench: Bench, attack: str, seed: int, level: int) -> Job:
         settings = replace(search, seed=seed, num_layers=level)
@@ -105,6 +108,9 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
                     jobs = [of_prompt(bench, attack, seed, item) for seed in study.seeds for item in workspace.items]
                 what = What(f"router masking, {attack}", f"{attack}-dataset" if search_items else attack)
                 run_jobs(campaign, bench.backend, jobs, what, concurrency=at_once)
+            if study.controls:
+                found = _found_masks(study, workspace.items)
+                _run_controls(campaign, bench, found, study.controls, "router masking", at_once)
         summary = mask_summary(read(study.out, Record))
         campaign.finish(summary)
     return summary
@@ -151,8 +157,7 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
             libraries = {seed: library_of(read(study.out, Fsour), seed, names) for seed in study.seeds}
             run_jobs(campaign, bench.backend, jobs(rest, libraries), What(label, attack), concurrency=at_once)
             if study.controls:
-                of_controls = _controls_jobs(bench, study, workspace.items)
-                run_jobs(campaign, bench.backend, of_controls, What(f"{label}, controls", "controls"), concurrency=at_once)
+                _run_controls(campaign, bench, _found_routes(study, workspace.items), study.controls, label, at_once)
         summary = fsour_summary(read(study.out, Record))
         campaign.finish(summary)
     if study.artifact is not None:
@@ -165,15 +170,37 @@ def _fsour_job(bench: Bench, settings: FsourSettings, item: Item, library: Libra
     return (settings.seed, item.prompt.id), lambda so_far: fsour_record(bench, item, settings, library, so_far, own)
 
 
-def _controls_jobs(bench: Bench, study: FsourStudy, items: Sequence[Item]) -> list[Job]:
-    """The controls of every route that was found."""
+def _found_routes(study: FsourStudy, items: Sequence[Item]) -> Iterator[tuple[Item, Found]]:
+    """Every route that was found."""
     by_id = {item.prompt.id: item for item in items}
+    for record in read(study.out, Fsour):
+        if record.final.routes:
+            item = by_id[record.prompt]
+            yield item, Found.by_fsour(record, item, study.search.weights)
 
-    def job(found: Fsour) -> Job:
-        item, count, weights = by_id[found.prompt], study.controls, study.search.weights
-        return ("controls", found.seed, found.prompt), lambda _: controls_record(bench.backend, item, found, count, weights)
 
-    return [job(found) for found in read(study.out, Fsour) if found.final.routes]
+def _found_masks(study: MaskStudy, items: Sequence[Item]) -> Iterator[tuple[Item, Found]]:
+    """The masks of most layers that each attack chose, for every prompt that they are put on."""
+    shared = list(read(study.out, DatasetMask))
+    most = max((record.level for record in shared), default=0)
+    for record in [*read(study.out, Mask), *(one for one in shared if one.level == most)]:
+        for item in items:
+            if record.masks and (isinstance(record, DatasetMask) or record.prompt == item.prompt.id):
+                yield item, Found.by_masks(record.attack, record.seed, record.masks, item, study.search.weights)
+
+
+def _run_controls(
+    campaign: Campaign, bench: Bench, found: Iterable[tuple[Item, Found]], num_random: int, label: str, concurrency: int
+) -> None:
+    """The controls of what was found."""
+
+    def job(item: Item, one: Found) -> Job:
+        # F-SOUR's runs have one attack, whose name their keys never had.
+        attack = () if one.attack.startswith("fsour") else (one.attack,)
+        return ("controls", *attack, one.seed, item.prompt.id), lambda _: controls_record(bench.backend, item, one, num_random)
+
+    jobs = [job(item, one) for item, one in found]
+    run_jobs(campaign, bench.backend, jobs, What(f"{label}, controls", "controls"), concurrency=concurrency)
 
 
 def library_of(records: Iterable[Fsour | Matrix], seed: int, prompts: set[str]) -> Library:

@@ -132,6 +132,7 @@ class MaskStudy(Setup):
         chosen_on: dataset level: one set of masks for all prompts, chosen on these; None: each prompt has masks of its own.
         chosen_limit: prompts drawn of `chosen_on`.
         search: the other settings; seed, score and number of layers come from the fields above.
+        controls: as in `FsourStudy`, beside the masks of most layers of every attack.
 
     """
 
@@ -141,6 +142,7 @@ class MaskStudy(Setup):
     chosen_on: str | None = None
     chosen_limit: int = 24
     search: MaskSettings = field(default_factory=MaskSettings)
+    controls: int = 0
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 1:

@@ -16,7 +16,7 @@ from ..errors import RouteError
 from ..evaluation.statistics import Interval, Outcomes, attack_success_rate, mean_interval
 from ..search.rosais import dataset_scores, rank, share_masks
 from .campaign import SUMMARY_FILE, read_settings
-from .controls import controls_summary
+from .controls import controls_by_attack, controls_summary
 from .cost import cost_of
 from .records import Answer, Controls, DatasetMask, Fsour, Judged, Mask, Matrix, Opinion, Record, Rosais, Throughput, Utility, read
 
@@ -222,9 +222,14 @@ def _ends(interval: Interval) -> tuple[float, float, float]:
 
 
 def mask_summary(records: Iterable[Record]) -> dict[str, Any]:
-    """ASR of each attack and number of layers, with intervals."""
+    """ASR of each attack and number of layers, with intervals, and what was measured beside the masks."""
     found = list(records)
-    return {"asr": rates((one.name, one.row) for one in tries(found)), **_cost(found)}
+    controls = controls_by_attack(one for one in found if isinstance(one, Controls))
+    return {
+        "asr": rates((one.name, one.row) for one in tries(found)),
+        **({"controls": controls} if controls else {}),
+        **_cost(found),
+    }
 
 
 TOTALS = ("attempts", "candidates", "needed", "tokens", "computed_tokens")
