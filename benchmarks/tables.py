@@ -23,6 +23,7 @@ import kernel_speed
 import lab_results
 import language_results
 import policy_serving
+import recipe_results
 import routes_exact
 import search_speed
 import serving_cost
@@ -67,6 +68,7 @@ TABLES = {
     "gpu-profile": Table("floors", True, floors.table),
     **{mark: Table("lab_results", False, make) for mark, make in lab_results.TABLES.items()},
     **{mark: Table("language", False, make) for mark, make in language_results.TABLES.items()},
+    **{mark: Table("recipes", False, make) for mark, make in recipe_results.TABLES.items()},
 }
 
 

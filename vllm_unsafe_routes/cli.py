@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .commands import demo, derive_policy, doctor, evaluate, fsour, inspect, lab, mask_attack, replay, report, riy, rosais
+from .commands import demo, derive_policy, doctor, evaluate, fsour, inspect, lab, mask_attack, recipe, replay, report, riy, rosais
 from .commands.usage import Parser
 from .errors import RouteError
 
-COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, evaluate, derive_policy, report, replay, riy, lab, demo)
+COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, recipe, evaluate, derive_policy, report, replay, riy, lab, demo)
 # As a shell gives it for a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
 

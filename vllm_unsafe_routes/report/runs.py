@@ -21,6 +21,7 @@ from ..study.records import (
     Fsour,
     Mask,
     Matrix,
+    Recipe,
     Record,
     Rosais,
     Step,
@@ -33,9 +34,9 @@ from ..study.records import (
 )
 
 # Types that a report shows; others are counted and named.
-SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Controls, Matrix, Utility, Throughput, Work)
+SHOWN = (Rosais, Answer, Mask, DatasetMask, AttemptNote, Fsour, Recipe, Controls, Matrix, Utility, Throughput, Work)
 NO_CATEGORY = "no category"
-_JUDGED = (Answer, Mask, DatasetMask, AttemptNote, Fsour, Matrix, Utility)
+_JUDGED = (Answer, Mask, DatasetMask, AttemptNote, Fsour, Recipe, Matrix, Utility)
 R = TypeVar("R", bound=Record)
 
 
@@ -100,6 +101,8 @@ class Run:
         command = self.settings.get("command")
         if command in ("rosais", "fsour"):
             return done, prompts * (seeds + bool(self.settings.get("plain_answer_first")))
+        if command == "recipe":
+            return done, prompts * (1 + seeds * len(self.settings.get("recipes", ())))
         if command == "mask-attack" and not self.records(DatasetMask):
             return done, prompts * (1 + seeds * len(self.settings.get("attacks", ())))
         return done, None

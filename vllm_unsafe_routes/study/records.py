@@ -205,6 +205,27 @@ class Fsour(Judged, frozen=True, kw_only=True, tag_field="type", tag="fsour"):
     chosen: int | None = None
 
 
+class Recipe(Judged, frozen=True, kw_only=True, tag_field="type", tag="recipe"):
+    """What a recipe chose for one prompt; see `study.recipes`.
+
+    Attributes:
+        clean: log-probability of the target without a plan, nats.
+        found: under the plan.
+        plan: its string.
+        candidates: plans scored.
+
+    """
+
+    attack: str
+    prompt: str
+    category: str
+    seed: int
+    clean: float
+    found: float
+    plan: str
+    candidates: int
+
+
 class Controls(Record, frozen=True, kw_only=True, tag_field="type", tag="controls"):
     """What the route of one prompt owes to its experts and what to their weights; see `study.controls`. Log-probabilities in nats.
 
@@ -390,7 +411,7 @@ class Unknown(Record, frozen=True, kw_only=True):
 KINDS: dict[str, type[Record]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
-        *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Controls, Matrix, Utility, Throughput),
+        *(Answer, Rosais, Mask, DatasetMask, Step, AttemptNote, Fsour, Recipe, Controls, Matrix, Utility, Throughput),
         *(Candidate, Suffixes, OwnAnswers, Addition, Work),
     )
 }

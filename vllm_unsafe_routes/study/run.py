@@ -183,7 +183,8 @@ def _found_masks(study: MaskStudy, items: Sequence[Item]) -> Iterator[tuple[Item
     """The masks of most layers that each attack chose, for every prompt that they are put on."""
     shared = list(read(study.out, DatasetMask))
     most = max((record.level for record in shared), default=0)
-    for record in [*read(study.out, Mask), *(one for one in shared if one.level == most)]:
+    records: list[Mask | DatasetMask] = [*read(study.out, Mask), *(one for one in shared if one.level == most)]
+    for record in records:
         for item in items:
             if record.masks and (isinstance(record, DatasetMask) or record.prompt == item.prompt.id):
                 yield item, Found.by_masks(record.attack, record.seed, record.masks, item, study.search.weights)

@@ -11,8 +11,14 @@ from ..errors import RouteError
 from ..evaluation.datasets import Columns
 from ..policy import RoutePolicy
 from ..search.fsour import FsourSettings
+from ..search.mascing import MascingSettings
 from ..search.masking import ATTACKS, MaskSettings
 from ..search.rosais import RosaisSettings
+from ..search.safex import SafexSettings
+from ..search.silencing import SilencingSettings
+
+# SteerMoE, SAFEx, L3, MASCing.
+RECIPES = ("steermoe", "safex", "l3", "mascing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,39 @@ class MaskStudy(Setup):
         unknown = set(self.attacks) - set(ATTACKS)
         if unknown:
             raise RouteError(f"attack {sorted(unknown)[0]!r} is not one of {', '.join(ATTACKS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeStudy(Setup):
+    """Other people's recipes on every prompt; see `study.recipes`.
+
+    Attributes:
+        refused: prompts that the model refuses, other ones than `data`, as `study.prompts.read_prompts` takes them.
+        answered: prompts that it answers.
+        contrast_limit: prompts drawn of each of these.
+        recipes: of `RECIPES`.
+        num_candidates: plans scored for a prompt at most.
+        safex: settings of SAFEx; its seed is that of `seeds` in turn.
+        l3: settings of L3; its number of candidates is `num_candidates`.
+        mascing: likewise of MASCing.
+
+    """
+
+    refused: str
+    answered: str
+    contrast_limit: int = 48
+    recipes: tuple[str, ...] = RECIPES
+    num_candidates: int = 128
+    safex: SafexSettings = field(default_factory=SafexSettings)
+    l3: SilencingSettings = field(default_factory=SilencingSettings)
+    mascing: MascingSettings = field(default_factory=MascingSettings)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.recipes) - set(RECIPES)
+        if unknown:
+            raise RouteError(f"recipe {sorted(unknown)[0]!r} is not one of {', '.join(RECIPES)}")
+        if self.num_candidates < 2:
+            raise RouteError(f"num_candidates must be at least 2, got {self.num_candidates}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,22 @@ from ..search.rosais import dataset_scores, rank, share_masks
 from .campaign import SUMMARY_FILE, read_settings
 from .controls import controls_by_attack, controls_summary
 from .cost import cost_of
-from .records import Answer, Controls, DatasetMask, Fsour, Judged, Mask, Matrix, Opinion, Record, Rosais, Throughput, Utility, read
+from .records import (
+    Answer,
+    Controls,
+    DatasetMask,
+    Fsour,
+    Judged,
+    Mask,
+    Matrix,
+    Opinion,
+    Recipe,
+    Record,
+    Rosais,
+    Throughput,
+    Utility,
+    read,
+)
 
 DIGITS = 4
 # Of a score's mean in a summary: records have no more.
@@ -68,7 +83,7 @@ def tries(records: Iterable[Record]) -> list[Try]:
     for record in records:
         if isinstance(record, Answer):
             found.append(Try(record.attack, None, record.prompt, 0, record.category, record))
-        elif isinstance(record, Fsour):
+        elif isinstance(record, Fsour | Recipe):
             found.append(Try(record.attack, None, record.prompt, record.seed, record.category, record))
         elif isinstance(record, Mask):
             found += [
@@ -193,7 +208,7 @@ def scored_run(folder: Path, fingerprint: str) -> tuple[dict[str, Any], list[int
 def _cost(records: Sequence[Record]) -> dict[str, Any]:
     """What it took, where the run kept it."""
     cost = cost_of(records)
-    searches = sum(isinstance(record, Rosais | Mask | DatasetMask | Fsour | Matrix) for record in records)
+    searches = sum(isinstance(record, Rosais | Mask | DatasetMask | Fsour | Recipe | Matrix) for record in records)
     return {} if cost is None else {"cost": cost.to_dict(searches)}
 
 
