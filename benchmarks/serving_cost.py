@@ -1,12 +1,12 @@
 """What route control costs in serving: throughput with this plugin against stock vLLM, turn by turn.
 
-Variants: stock (the plugin is not loaded), idle (overrides enabled, none used), policy (some experts banned at every layer), plans
-(a plan on every request: a mask on all tokens of two layers and up to ten forced routes); on the CPU also usage (expert usage is
-counted, by a label too) and all (policy, plans and usage at once); on a GPU also fused (idle, with the route kernel in the place of
-vLLM's gating), again (a second stock engine: what two engines of one kind differ by) and eager (no plugin,
-but eager mode forced, as plugins that hook modules must). Each engine is a process of its own; all of a group stay up and take
-turns on the same requests, in an order that rotates from round to round. The figure is the ratio of a variant's throughput to
-stock's in the same round. "idle" and "plans" are requests to one engine.
+Variants: stock (the plugin is not loaded), idle (overrides enabled, none used), policy (some experts banned at every layer), bias
+(a policy that biases experts of every layer, for all tokens), plans (a plan on every request: a mask on all tokens of two layers
+and up to ten forced routes); on the CPU also usage (expert usage is counted, by a label too) and all (policy, plans and usage at
+once); on a GPU also fused (idle, with the route kernel in the place of vLLM's gating), again (a second stock engine: what two
+engines of one kind differ by) and eager (no plugin, but eager mode forced, as plugins that hook modules must). Each engine is a
+process of its own; all of a group stay up and take turns on the same requests, in an order that rotates from round to round. The
+figure is the ratio of a variant's throughput to stock's in the same round. "idle" and "plans" are requests to one engine.
 
     python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
     python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
@@ -47,12 +47,13 @@ TINY_LOADS: dict[str, dict[str, Load]] = {
 VARIANTS = {
     "idle": "overrides enabled, none used",
     "policy": "a policy at every layer",
+    "bias": "a policy that biases every token at every layer",
     "plans": "a plan on every request",
     "fused": "overrides enabled, none used, gating fused",
     "again": "stock in a second engine",
     "eager": "stock in forced eager mode",
 }
-CPU_VARIANTS = {name: VARIANTS[name] for name in ("idle", "policy", "plans")} | {
+CPU_VARIANTS = {name: VARIANTS[name] for name in ("idle", "policy", "bias", "plans")} | {
     "usage": "expert usage counted, every request with a label",
     "all": "a policy, a plan and a label on every request",
 }
@@ -62,6 +63,7 @@ ENGINES = {
     "idle": "routes",
     "plans": "routes",
     "policy": "policy",
+    "bias": "bias",
     "fused": "fused",
     "again": "again",
     "eager": "eager",
@@ -87,12 +89,13 @@ def serve(options: dict[str, Any]) -> Talk:
     shape = ModelShape.from_hf_config(config)
     spare = shape.num_experts - shape.top_k
     settings: dict[str, Any] = options["settings"]
-    has_policy, has_usage = name in ("policy", "all"), name in ("usage", "all")
-    banned = list(range(1, 1 + min(4, spare - 2))) if has_policy else []
+    has_policy, has_usage = name in ("policy", "bias", "all"), name in ("usage", "all")
+    banned = list(range(1, 1 + min(4, spare - 2))) if has_policy and name != "bias" else []
     routes: dict[str, Any] = {"allow_overrides": True} if name in ("routes", "fused", "all") else {}
     if has_policy:
-        layers = {str(layer): {"disabled": banned} for layer in shape.moe_layers}
-        routes["policy"] = {"version": "route-policy/1", "layers": layers}
+        bias = {str(expert): (expert % 5 - 2) / 4 for expert in range(shape.num_experts)} if name == "bias" else {}
+        layers = {str(layer): {"disabled": banned, "bias": bias} for layer in shape.moe_layers}
+        routes["policy"] = {"version": "route-policy/2", "layers": layers}
     if has_usage:
         routes["usage"] = ["bench"]
     if name == "fused":
@@ -330,7 +333,7 @@ def main() -> int:
     options.add_argument(
         "--engines",
         metavar="NAME,…",
-        help="beside stock: routes (idle, plans), policy, usage, all, fused, again, eager; default: all",
+        help="beside stock: routes (idle, plans), policy, bias, usage, all, fused, again, eager; default: all",
     )
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
