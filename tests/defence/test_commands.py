@@ -72,8 +72,23 @@ def test_the_first_ban_is_the_one_that_lowers_the_target_most(backend, examples)
     assert not {(one.layer, one.expert) for one in added} & {(1, 2), (3, 0)}
 
 
-def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples):
-    settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9}
+def test_the_first_step_of_a_bias_is_the_best_of_all_steps_and_bans(backend, examples):
+    """Layer 3 alone, protected experts may be raised only."""
+    opened, harmless = examples
+    settings = GreedySettings(max_bans=1, budget=0.0, utility_weight=0.0, floor=-1e9, steps=(2.0,))
+    ((_, added),) = run_tasks(backend, [(0, greedy_bans(backend, opened, harmless, [3], settings, pinned={(3, 0)}))])
+    plans = {(0, 2.0): RoutePlan().bias(3, "all", {0: 2.0})}
+    for expert in range(1, 16):
+        plans[expert, 0.0] = RoutePlan().disable(3, "all", [expert])
+        plans |= {(expert, step): RoutePlan().bias(3, "all", {expert: step}) for step in (2.0, -2.0)}
+    means = sum(RouteScorer(backend).score(one.prompt, one.target, list(plans.values())) for one in opened) / len(opened)
+    assert added[0].strength == pytest.approx(-means.min(), abs=1e-4)
+    assert (added[0].expert, added[0].bias) == list(plans)[int(means.argmin())]
+
+
+@pytest.mark.parametrize("steps", [(), (1.5,)], ids=["bans", "bans and biases"])
+def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples, steps):
+    settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9, "steps": steps}
     whole, notes = add_greedily(backend, examples, **settings)
     assert len(whole) == 4
     again, rest = add_greedily(
@@ -114,8 +129,21 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
         "--adaptive-max-candidates",
         40,
     ]
-    derive += ["--utility-limit", 6, "--suffixes", 1, "--rule", "protect", "--rule", "greedy", "--protections", 1]
-    derive += ["--greedy-bans", "1,2", "--keep", 1, "--out", derived]
+    derive += [
+        "--utility-limit",
+        6,
+        "--suffixes",
+        1,
+        "--rule",
+        "protect",
+        "--rule",
+        "greedy",
+        "--rule",
+        "greedy-bias",
+        "--protections",
+        1,
+    ]
+    derive += ["--greedy-bans", "1,2", "--bias", "2", "--keep", 1, "--out", derived]
     derive += ["--benign", "lab:search:benign", "--benign", "lab:tune:benign"]
     assert main([str(one) for one in [*derive, "--confidence", 0.8]]) == 1
     assert "12 benign prompts, all right, show a share of 0.944 with confidence 0.8, below the budget" in capsys.readouterr().err
@@ -128,6 +156,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
     assert {"none", "protect/1"} <= set(names) and policy.provenance["rule"] in names
     if any(record["type"] == "suffixes" and any(row[3] for row in record["found"]) for record in kept.values()):
         assert {f"greedy-{share}/{size}" for share in ("0.99", "0.98") for size in (1, 2)} <= set(names)
+        assert "greedy-bias-0.98/2" in names
         (answers,) = (record["answers"] for record in kept.values() if record["type"] == "answers")
         assert len(answers) == 2 * 6 + 6, "both sources of benign prompts, and the lab's own of the other kind"
     assert policy.provenance["runs"] == [str(scored)] and policy.provenance["measured"]["benign"] >= 0.98
@@ -135,6 +164,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
         control = RoutePolicy.load(derived / f"control-{number}.json")
         for layer, entry in policy.layers.items():
             assert len(control.layers[layer].disabled) == len(entry.disabled)
+            assert sorted(dict(control.layers[layer].bias).values()) == sorted(dict(entry.bias).values())
     lines = num_lines(derived)
     command(*derive)
     assert num_lines(derived) == lines and f"best: {policy.provenance['rule']}" in capsys.readouterr().out

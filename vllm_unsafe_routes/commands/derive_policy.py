@@ -9,6 +9,7 @@ from typing import Any
 
 from ..defence.derive import RULES, DeriveStudy, GreedyTrials, derive
 from ..defence.trials import Budget
+from ..errors import RouteError
 from .options import (
     add_data_options,
     add_fsour_options,
@@ -57,6 +58,11 @@ def add(commands: Any) -> None:
         default=128,
         help="rule greedy: harmless answers that each addition is weighed against, taken evenly (default: 128)",
     )
+    group.add_argument(
+        "--bias",
+        default="",
+        help="rule greedy-bias: steps by which an addition may raise or lower a router logit, such as 1,3 (default: bans only)",
+    )
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
     group.add_argument("--budget", type=float, default=0.98, help="share of benign prompts that must stay right (default: 0.98)")
@@ -96,7 +102,16 @@ def settings_of(args: argparse.Namespace) -> DeriveStudy:
         budget=Budget(args.budget, args.over_refusal, args.confidence),
         replay_suffixes=not args.no_suffix,
         suffixes=args.suffixes,
-        greedy=GreedyTrials(tuple(numbers_of(args.greedy_bans, "--greedy-bans")), args.greedy_weight, args.greedy_harmless),
+        greedy=GreedyTrials(
+            tuple(numbers_of(args.greedy_bans, "--greedy-bans")), args.greedy_weight, args.greedy_harmless, _steps(args.bias)
+        ),
         keep=args.keep,
         fsour=fsour_settings(args),
     )
+
+
+def _steps(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(step) for step in text.split(",") if step.strip())
+    except ValueError:
+        raise RouteError(f"--bias must be numbers separated by commas, got {text!r}") from None

@@ -44,20 +44,24 @@ _PROVENANCE = ("model", "data", "seeds", "runs", "layers", "budget", "over_refus
 
 @dataclass(frozen=True, slots=True)
 class GreedyTrials:
-    """What the rule greedy tries.
+    """What the rules greedy and greedy-bias try.
 
     Attributes:
-        bans: numbers of bans in all, beside as many as help.
+        bans: numbers of additions in all, beside as many as help.
         weight: nats of attack score that a nat of harmless answers must be worth.
         harmless: harmless answers that each addition is weighed against, taken evenly.
+        steps: by how much greedy-bias may raise or lower a logit at a time; empty: that rule is not tried.
 
     """
 
     bans: tuple[int, ...] = (8, 16, 24, 32)
     weight: float = 1.0
     harmless: int = 128
+    steps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(0 < step < float("inf") for step in self.steps):
+            raise RouteError(f"steps of biases must be positive numbers, got {list(self.steps)}")
         if self.harmless < 1:
             raise RouteError(f"greedy harmless must be at least 1, got {self.harmless}")
 
@@ -101,6 +105,8 @@ class DeriveStudy(Setup):
         for rule in self.rules:
             if rule not in RULES:
                 raise RouteError(f"rule {rule!r} is not one of {', '.join(RULES)}")
+        if "greedy-bias" in self.rules and not self.greedy.steps:
+            raise RouteError("the rule greedy-bias needs steps: give --bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +158,10 @@ def derive(study: DeriveStudy, backend: Backend | None = None, say: Callable[[st
         "measured": best.measured,
         **{name: campaign.settings[name] for name in _PROVENANCE},
     }
-    policy = policies.combine(shape, best.bans, best.protections, provenance)
+    policy = policies.combine(shape, best.bans, best.protections, provenance, best.biases)
     policy.save(study.out / "policy.json")
     for number in range(NUM_CONTROLS):
-        policies.random_control(shape, best.bans, best.protections, number, best.name).save(study.out / f"control-{number}.json")
+        policies.random_control(policy, shape, number, best.name).save(study.out / f"control-{number}.json")
     return Derived(policy, best, trials.undefended)
 
 
@@ -176,7 +182,9 @@ def _wanted_rules(study: DeriveStudy, records: Sequence[Record]) -> list[str]:
     if not share_masks(policies.of_first_seed(records)):
         left_out.add("dataset-route")
     if not study.replay_suffixes:
-        left_out.add("greedy")
+        left_out |= set(policies.GREEDY_RULES)
+    if not study.greedy.steps:
+        left_out.add("greedy-bias")
     return [rule for rule in RULES if policies.NEEDS.get(rule) in kinds and rule not in left_out]
 
 
@@ -198,6 +206,7 @@ def _own_settings(
         "greedy_bans": study.greedy.bans,
         "greedy_weight": study.greedy.weight,
         "greedy_harmless": study.greedy.harmless,
+        **({"bias": study.greedy.steps} if study.greedy.steps else {}),
         "keep": study.keep,
         "fsour": str(_fsour(study)),
         "utility": {kind: len(found) for kind, found in harmless.items()},
@@ -270,8 +279,8 @@ class _Derivation:
         protections: list[Trial] = []
         bans: list[Trial] = []
         for rule in rules:
-            if rule == "greedy":
-                bans += self._greedy(trials.best(protections)[:1])
+            if rule in policies.GREEDY_RULES:
+                bans += self._greedy(rule, trials.best(protections)[:1])
             elif rule in policies.BAN_RULES:
                 room = self.shape.num_experts - self.shape.top_k
                 bans += [trials.measure(name, taken, {}) for name, taken in self._ranked(rule, self.study.bans, room)]
@@ -279,7 +288,7 @@ class _Derivation:
                 sizes, room = self.study.protections, self.shape.top_k - 1
                 protections += [trials.measure(name, {}, taken) for name, taken in self._ranked(rule, sizes, room)]
         both = [
-            trials.measure(f"{one.name}+{other.name}", one.bans, other.protections)
+            trials.measure(f"{one.name}+{other.name}", one.bans, other.protections, one.biases)
             for one in trials.best(bans)[: self.study.keep]
             for other in trials.best(protections)[: self.study.keep]
         ]
@@ -321,10 +330,10 @@ class _Derivation:
         routes = run_tasks(self.bench.backend, [(at, one(item)) for at, item in enumerate(items)])
         return policies.route_frequency((ids for _, ids in routes), self.shape)
 
-    def _greedy(self, protections: Sequence[Trial]) -> list[Trial]:
-        """Candidates of the rule greedy: the first bans of each path, by size; protected experts are left alone."""
+    def _greedy(self, rule: str, protections: Sequence[Trial]) -> list[Trial]:
+        """Candidates of a greedy rule: the first additions of each path, by size; protected experts are not pushed out."""
         if not self.opened:
-            self.trials.say("greedy: no suffix opened a prompt, so there is nothing to close")
+            self.trials.say(f"{rule}: no suffix opened a prompt, so there is nothing to close")
             return []
         opened = [Example(item.prompt.token_ids, item.prompt.target) for item in self.opened]
         pinned = {(layer, expert) for one in protections for layer, experts in one.protections.items() for expert in experts}
@@ -332,20 +341,23 @@ class _Derivation:
         # Once with half of what the budget lets go, once with all of it: which is better is measured like everything else.
         budget = self.study.budget.share
         for share in sorted({(1 + budget) / 2, budget}, reverse=True):
-            added = self._greedy_path(share, opened, pinned)
+            steps = self.study.greedy.steps if rule == "greedy-bias" else ()
+            added = self._greedy_path(share, steps, opened, pinned)
             for size in sorted({size for size in self.study.greedy.bans if size < len(added)} | {len(added)} - {0}):
-                taken = policies.take(added[:size], size, self.layers)
-                tried.append(self.trials.measure(f"greedy-{share:.3g}/{size}", taken, {}))
+                bans, biases = policies.additions(added[:size])
+                tried.append(self.trials.measure(f"{rule}-{share:.3g}/{size}", bans, {}, biases))
         return tried
 
-    def _greedy_path(self, share: float, opened: Sequence[Example], pinned: Collection[tuple[int, int]]) -> list[policies.Choice]:
-        """The bans in the order in which they were added; each is a record, so that an interrupted path goes on."""
+    def _greedy_path(
+        self, share: float, steps: tuple[float, ...], opened: Sequence[Example], pinned: Collection[tuple[int, int]]
+    ) -> list[policies.Choice]:
+        """The additions in their order; each is a record, so that an interrupted path goes on."""
         campaign, greedy = self.trials.campaign, self.study.greedy
-        settings = GreedySettings(max(greedy.bans), budget=share, utility_weight=greedy.weight)
-        so_far = [record for record in read(campaign.folder, Addition) if record.share == share]
+        settings = GreedySettings(max(greedy.bans), budget=share, utility_weight=greedy.weight, steps=steps)
+        so_far = [record for record in read(campaign.folder, Addition) if (record.share, record.steps) == (share, steps)]
 
         def note(_: Any, addition: Addition) -> None:
-            campaign.append(("greedy", share, addition.number), addition)
+            campaign.append(("greedy-bias" if steps else "greedy", share, addition.number), addition)
 
         search = greedy_bans(self.bench.backend, opened, self._harmless(), self.layers, settings, pinned, so_far)
         ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)

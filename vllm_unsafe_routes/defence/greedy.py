@@ -1,8 +1,9 @@
-"""Bans chosen one by one by what they do: greedy addition with the scorer, under a utility budget.
+"""Bans and biases chosen one by one by what they do: greedy addition with the scorer, under a utility budget.
 
 Rules that rank experts by how often they occur, or by what they do alone, say little about what a set of bans does. Here every
 addition is measured in the company of those before it: how far it lowers the log-probability of the target on prompts that an
-input-only attack has opened, and what it takes from the answers to harmless prompts.
+input-only attack has opened, and what it takes from the answers to harmless prompts. An addition is a ban, or a step of a bias up
+or down (coordinate steps: without gradients, which an engine does not have, MASCing's biases, arXiv 2604.27818, are found so).
 
 Most candidates gain little more in a later round than in an earlier one, so a round measures again only those whose last known
 gain is large enough to win (accelerated greedy, Minoux 1978; the gains are not exactly submodular, so this is a heuristic).
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import cast
 
 import numpy as np
 
@@ -23,10 +25,10 @@ from ..search.backend import Backend, Note, Response, Search
 from ..search.scorer import joint, target_request, weakest
 from ..shape import ModelShape
 from ..study.records import Addition
-from .policies import Choice
+from .policies import Choice, additions
 
-# (layer, expert)
-Candidate = tuple[int, int]
+# (layer, expert, step of its bias); 0: a ban
+Candidate = tuple[int, int, float]
 
 # While each token of an answer has at least this probability, greedy decoding gives that answer.
 _KEPT_TOKEN = log(0.5)
@@ -44,6 +46,7 @@ class GreedySettings:
         utility_weight: nats of attack score that a nat of mean loss on harmless answers must be worth.
         floor: log-probability of a target below which an attacked prompt is closed and gains no more, nats.
         batch: candidates measured at a time.
+        steps: by how much a logit may be raised or lowered at a time; empty: bans only.
 
     """
 
@@ -52,6 +55,7 @@ class GreedySettings:
     utility_weight: float = 5.0
     floor: float = -3.0
     batch: int = 8
+    steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +89,11 @@ def greedy_bans(
         harmless: prompts with the undefended model's own answers.
         layers: decoder layers that may be touched.
         settings: settings.
-        pinned: (layer, expert) that must stay, such as protected ones.
+        pinned: (layer, expert) that must stay, such as protected ones; they may be raised only.
         so_far: notes of an earlier run with the same arguments; it goes on from there.
 
     Returns:
-        The bans in the order in which they were added; `strength` is the value reached, in nats.
+        The additions in their order; `strength` is the value reached, in nats.
 
     """
     path = _Path(backend.shape, opened, harmless, layers, settings)
@@ -105,7 +109,7 @@ def greedy_bans(
 
 
 class _Path:
-    """The bans added so far, what they reach, and what is known of the others.
+    """What was added so far, what it reaches, and what is known of the others.
 
     Args:
         shape: the model.
@@ -126,41 +130,50 @@ class _Path:
     ) -> None:
         self.shape, self.settings = shape, settings
         self.examples, self.num_opened = [*opened, *harmless], len(opened)
-        self.bans: dict[int, list[int]] = {layer: [] for layer in layers}
+        self.layers = tuple(layers)
         self.added: list[Choice] = []
-        # Of the bans so far, nats.
+        # Of the additions so far, nats.
         self.reached = 0.0
         # Candidate -> the gain that was measured last; inf: not yet, -inf: over the budget.
         self.gains: dict[Candidate, float] = {}
         # Of the harmless answers without bans: log-probability, and least log-probability of a token that still counts as kept.
         self.clean = self.must_keep = np.zeros(0)
 
-    def start(self, pinned: Collection[Candidate]) -> Search[None]:
-        """Measure what holds without bans."""
+    def start(self, pinned: Collection[tuple[int, int]]) -> Search[None]:
+        """Measure what holds without any."""
         first: list[Response] = yield [target_request(one.prompt, one.target) for one in self.examples]
         answers = first[self.num_opened :]
         self.clean = np.array([joint(response) for response in answers])
         self.must_keep = np.minimum([weakest(response) for response in answers], _KEPT_TOKEN)
         self.reached = self._value_of(first)[0]
-        everything = [(layer, expert) for layer in self.bans for expert in range(self.shape.num_experts)]
-        self.gains = {candidate: np.inf for candidate in everything if candidate not in pinned}
+        kinds = (0.0, *(sign * step for step in self.settings.steps for sign in (1, -1)))
+        self.gains = {
+            (layer, expert, kind): np.inf
+            for layer in self.layers
+            for expert in range(self.shape.num_experts)
+            for kind in kinds
+            if kind > 0 or (layer, expert) not in pinned
+        }
 
     def replay(self, addition: Addition) -> None:
         """Take up an addition of an earlier run."""
-        self.gains |= {(layer, expert): -np.inf if gain is None else gain for layer, expert, gain in addition.measured}
-        self._add((addition.layer, addition.expert), addition.value)
+        bans = [(layer, expert, 0.0, gain) for layer, expert, gain in addition.measured]
+        for *candidate, gain in (*bans, *addition.measured_steps):
+            self.gains[cast(Candidate, tuple(candidate))] = -np.inf if gain is None else gain
+        self._add((addition.layer, addition.expert, addition.bias or 0.0), addition.value)
 
     def _add(self, candidate: Candidate, reached: float) -> None:
-        layer, expert = candidate
-        self.gains.pop(candidate)
-        self.bans[layer].append(expert)
-        self.added.append(Choice(layer, expert, reached))
+        layer, expert, step = candidate
+        if not step:  # nothing more can be done to a banned expert
+            self.gains = {other: gain for other, gain in self.gains.items() if other[:2] != (layer, expert)}
+        self.added.append(Choice(layer, expert, reached, step))
         self.reached = reached
 
     def next_addition(self) -> Search[Addition | None]:
         """The candidate that gains most; None where none gains anything within the budget."""
-        room = {layer for layer, experts in self.bans.items() if self.shape.num_experts - len(experts) > self.shape.top_k}
-        open_to = [candidate for candidate in self.gains if candidate[0] in room]
+        bans, _ = additions(self.added)
+        full = {layer for layer, experts in bans.items() if self.shape.num_experts - len(experts) <= self.shape.top_k}
+        open_to = [candidate for candidate in self.gains if candidate[2] or candidate[0] not in full]
         measured: dict[Candidate, float] = {}
         while True:
             # Stale gains compete with measured ones; ties by layer and expert.
@@ -174,34 +187,40 @@ class _Path:
         if not order or not measured[order[0]] > 0:
             return None
         best = order[0]
+        found = [(*one, None if gain == -np.inf else gain) for one, gain in sorted(measured.items())]
         self._add(best, round(self.reached + measured[best], 6))
         return Addition(
             number=len(self.added) - 1,
             share=self.settings.budget,
             layer=best[0],
             expert=best[1],
+            bias=best[2] or None,
+            steps=self.settings.steps,
             value=self.reached,
-            measured=tuple((*one, None if gain == -np.inf else gain) for one, gain in sorted(measured.items())),
+            measured=tuple((layer, expert, gain) for layer, expert, step, gain in found if not step),
+            measured_steps=tuple(one for one in found if one[2]),
         )
 
     def _measure(self, candidates: Sequence[Candidate]) -> Search[list[tuple[float, float]]]:
-        """Value and share kept of the bans so far with each candidate."""
-        plans = [self._plan_with(*candidate).to_string() for candidate in candidates]
+        """Value and share kept of the additions so far with each candidate."""
+        plans = [self._plan_with(candidate).to_string() for candidate in candidates]
         requests = [target_request(one.prompt, one.target, plan) for plan in plans for one in self.examples]
         responses: list[Response] = yield requests
         size = len(self.examples)
         return [self._value_of(responses[at : at + size]) for at in range(0, len(responses), size)]
 
-    def _plan_with(self, layer: int, expert: int) -> RoutePlan:
+    def _plan_with(self, candidate: Candidate) -> RoutePlan:
+        layer, expert, step = candidate
+        bans, biases = additions([*self.added, Choice(layer, expert, 0.0, step)])
         plan = RoutePlan()
-        for other, experts in self.bans.items():
-            wanted = [*experts, expert] if other == layer else experts
-            if wanted:
-                plan.disable(other, "all", sorted(wanted))
+        for at, experts in sorted(bans.items()):
+            plan.disable(at, "all", sorted(experts))
+        for at, values in sorted(biases.items()):
+            plan.bias(at, "all", values)
         return plan
 
     def _value_of(self, responses: Sequence[Response]) -> tuple[float, float]:
-        """What a set of bans is worth, and the share of harmless answers that it keeps; a response for each example."""
+        """What a set of additions is worth, and the share of harmless answers that it keeps; a response for each example."""
         scores = np.array([joint(response) for response in responses])
         attack = -np.maximum(scores[: self.num_opened], self.settings.floor).mean()
         answers = responses[self.num_opened :]

@@ -9,6 +9,7 @@ Each rule ranks (layer, expert) pairs; how many are taken is decided by measurin
 - `contrast`: experts that are more frequent on one side of paired prompts (as in SteerMoE): on prompts that a suffix opened than on
   the same prompts without it, or on answered prompts than on refused ones.
 - `greedy`: bans added one by one, each the one that closes opened prompts best within a utility budget (`greedy.py`).
+- `greedy-bias`: the same, with steps of biases beside bans.
 
 This module imports neither torch nor vLLM.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,11 @@ from ..study.records import Fsour, Record, Rosais
 
 # Layer -> experts.
 Experts = Mapping[int, Sequence[int]]
+# Layer -> expert -> what is added to its logit.
+Biases = Mapping[int, Mapping[int, float]]
+GREEDY_RULES = ("greedy", "greedy-bias")
 PROTECT_RULES = ("protect",)
-BAN_RULES = ("dataset-route", "lift", "effect", "contrast", "greedy")
+BAN_RULES = ("dataset-route", "lift", "effect", "contrast", *GREEDY_RULES)
 # Records that a rule reads; the others read what the deriver collects itself.
 NEEDS: Mapping[str, type[Record]] = {"dataset-route": Rosais, "effect": Rosais, "protect": Rosais, "lift": Fsour}
 
@@ -45,12 +50,14 @@ class Choice:
         layer: decoder layer.
         expert: its id.
         strength: by which the rule ranks; of no meaning across rules.
+        bias: what is added to its bias; 0: it is banned.
 
     """
 
     layer: int
     expert: int
     strength: float
+    bias: float = 0.0
 
 
 def presence_effect(records: Iterable[Record], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:
@@ -164,17 +171,20 @@ def random_choices(shape: ModelShape, layers: Sequence[int], *parts: str | int) 
     return [Choice(int(layer), int(expert), 0.0) for layer, expert in order]
 
 
-def random_control(shape: ModelShape, bans: Experts, protections: Experts, number: int, control_of: str) -> RoutePolicy:
-    """A policy of random experts, as many at each layer as these."""
+def random_control(policy: RoutePolicy, shape: ModelShape, number: int, control_of: str) -> RoutePolicy:
+    """A policy of random experts, as many at each layer as this one disables, protects and biases, by the same values."""
 
-    def drawn(kind: str, experts: Experts) -> Experts:
-        return {
-            layer: take(random_choices(shape, [layer], kind, number), len(chosen), [layer])[layer]
-            for layer, chosen in experts.items()
-        }
+    def drawn(kind: str, layer: int, size: int, others: Sequence[int] = ()) -> list[int]:
+        found = [choice.expert for choice in random_choices(shape, [layer], kind, number)]
+        return [expert for expert in found if expert not in others][:size]
 
-    provenance = {"rule": "random experts, equal size", "control_of": control_of}
-    return combine(shape, drawn("ban", bans), drawn("protect", protections), provenance)
+    bans = {layer: drawn("ban", layer, len(entry.disabled)) for layer, entry in policy.layers.items()}
+    protections = {layer: drawn("protect", layer, len(entry.protected)) for layer, entry in policy.layers.items()}
+    biases = {
+        layer: dict(zip(drawn("bias", layer, len(entry.bias), bans[layer]), dict(entry.bias).values(), strict=False))
+        for layer, entry in policy.layers.items()
+    }
+    return combine(shape, bans, protections, {"rule": "random experts, equal size", "control_of": control_of}, biases)
 
 
 def take(choices: Sequence[Choice], per_layer: int, layers: Sequence[int]) -> dict[int, list[int]]:
@@ -186,13 +196,32 @@ def take(choices: Sequence[Choice], per_layer: int, layers: Sequence[int]) -> di
     return {layer: experts for layer, experts in taken.items() if experts}
 
 
-def combine(shape: ModelShape, bans: Experts, protections: Experts, provenance: Mapping[str, Any]) -> RoutePolicy:
-    """A policy of bans and protections; an expert that is both is banned only, and no layer keeps fewer than top_k experts."""
+def additions(choices: Iterable[Choice]) -> tuple[dict[int, list[int]], dict[int, dict[int, float]]]:
+    """Bans and biases after these steps; a banned expert has no bias."""
+    bans: dict[int, list[int]] = {}
+    biases: dict[int, dict[int, float]] = {}
+    for choice in choices:
+        if not choice.bias:
+            bans.setdefault(choice.layer, []).append(choice.expert)
+            biases.get(choice.layer, {}).pop(choice.expert, None)
+            continue
+        at = biases.setdefault(choice.layer, {})
+        at[choice.expert] = at.get(choice.expert, 0.0) + choice.bias
+        if not at[choice.expert]:
+            del at[choice.expert]
+    return bans, {layer: found for layer, found in biases.items() if found}
+
+
+def combine(
+    shape: ModelShape, bans: Experts, protections: Experts, provenance: Mapping[str, Any], biases: Biases = MappingProxyType({})
+) -> RoutePolicy:
+    """A policy of these; an expert of two kinds is banned only, and no layer keeps fewer than top_k experts."""
     layers = {}
-    for layer in sorted({*bans, *protections}):
+    for layer in sorted({*bans, *protections, *biases}):
         disabled = list(bans.get(layer, ()))[: shape.num_experts - shape.top_k]
         protected = [expert for expert in protections.get(layer, ()) if expert not in disabled][: shape.top_k]
-        layers[layer] = LayerPolicy(frozenset(disabled), frozenset(protected))
+        biased = {expert: value for expert, value in biases.get(layer, {}).items() if expert not in disabled}
+        layers[layer] = LayerPolicy(frozenset(disabled), frozenset(protected), biased)
     policy = RoutePolicy(layers, model=shape.fingerprint, provenance=dict(provenance))
     policy.validate(shape)
     return policy

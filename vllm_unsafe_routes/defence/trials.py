@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from ..errors import RouteError
@@ -15,7 +16,7 @@ from ..study.model import Item
 from ..study.records import Candidate, Record, entries
 from . import policies
 from .attacks import Arena, success_rate
-from .policies import Experts
+from .policies import Biases, Experts
 from .under_policy import PolicyBackend
 from .utility import utility_rates
 
@@ -60,6 +61,7 @@ class Trial:
         measured: share by what was measured.
         bans: what it disables.
         protections: what it protects.
+        biases: what it biases.
 
     """
 
@@ -67,12 +69,13 @@ class Trial:
     measured: Mapping[str, float]
     bans: Experts = field(default_factory=dict)
     protections: Experts = field(default_factory=dict)
+    biases: Biases = field(default_factory=dict)
 
     @property
     def cost(self) -> tuple[float, int, str]:
         """Mean attack success; among equal ones fewer experts touched come first."""
         attacks = [self.measured[name] for name in _ATTACKS if name in self.measured]
-        size = sum(len(experts) for part in (self.bans, self.protections) for experts in part.values())
+        size = sum(len(experts) for part in (self.bans, self.protections, self.biases) for experts in part.values())
         return sum(attacks) / len(attacks), size, self.name
 
     def __str__(self) -> str:
@@ -121,10 +124,10 @@ class Trials:
         """What holds without a policy."""
         return Trial("none", self._measured("none", RoutePolicy({}), lambda _: True))
 
-    def measure(self, name: str, bans: Experts, protections: Experts) -> Trial:
+    def measure(self, name: str, bans: Experts, protections: Experts, biases: Biases = MappingProxyType({})) -> Trial:
         """Measure a candidate."""
-        policy = policies.combine(self.shape, bans, protections, {})
-        trial = Trial(name, self._measured(name, policy, self._keeps_budget), bans, protections)
+        policy = policies.combine(self.shape, bans, protections, {}, biases)
+        trial = Trial(name, self._measured(name, policy, self._keeps_budget), bans, protections, biases)
         self.say(f"{name:<28} {trial}{'' if self.affordable(trial) else '   over budget'}")
         return trial
 

@@ -353,15 +353,18 @@ class OwnAnswers(Record, frozen=True, kw_only=True, tag_field="type", tag="answe
 
 
 class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="addition"):
-    """One ban that the rule `greedy` added.
+    """One ban, or one step of a bias, that a greedy rule added.
 
     Attributes:
         number: 0 for the first.
         share: the budget of its path.
         layer: decoder layer.
-        expert: what was banned there.
-        value: what the bans reach together, nats.
-        measured: (layer, expert, gain) of the round; None: over the budget.
+        expert: what was banned or biased there.
+        bias: what was added to its bias; None: it was banned.
+        steps: steps of biases that its path tries; empty: its path only bans.
+        value: what the additions reach together, nats.
+        measured: (layer, expert, gain) of the bans tried in the round; None: over the budget.
+        measured_steps: (layer, expert, step, gain) of the steps tried.
 
     """
 
@@ -371,6 +374,9 @@ class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="additio
     expert: int
     value: float
     measured: tuple[tuple[int, int, float | None], ...]
+    bias: float | None = None
+    steps: tuple[float, ...] = ()
+    measured_steps: tuple[tuple[int, int, float, float | None], ...] = ()
 
 
 class Work(Record, frozen=True, kw_only=True, tag_field="type", tag="work"):
