@@ -78,7 +78,7 @@ def test_they_end_as_aborted_when_generation_is_paused(tiny_model):
             assert await asyncio.wait_for(asyncio.gather(*tasks), 30) == ["abort"] * 3
             await llm.resume_generation()
             assert await asyncio.wait_for(ends_of(llm, "4", PLANS[3], 4), 30) == "length"
-            assert (await llm.engine_core.call_utility_async("unsafe_routes_status"))["planned_requests"] == 0
+            assert (await llm.engine_core.call_utility_async("unsafe_routes_status"))["table"]["slots"][0] == 0
         finally:
             llm.shutdown()
 

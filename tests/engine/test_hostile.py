@@ -67,6 +67,7 @@ def check_that_all_is_given_back(started, num_rows):
 
     eventually(lambda: not any(values("vllm:num_requests_running") + values("vllm:num_requests_waiting")), 120)
     eventually(lambda: set(values("vllm:unsafe_routes_table_rows_in_use")) == {num_rows}, 60)
+    assert not any(values("vllm:unsafe_routes_table_cells_in_use") + values("vllm:unsafe_routes_table_slots_in_use"))
     assert not any(values("vllm:unsafe_routes_held_requests") + values("vllm:unsafe_routes_router_misses"))
     assert not any(values("vllm:kv_cache_usage_perc"))
 

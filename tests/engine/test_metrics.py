@@ -75,7 +75,7 @@ def status(active, generation=0, tokens=0, displaced=(0, 0), **more):
         "missed": [0, tokens],
         "num_nan": [2, 0],
     }
-    plain = dict(refused=0, rows_in_use=2, rows=64, held_requests=1, counts=counts)
+    plain = dict(refused=0, table={"rows": [2, 64], "cells": [30, 900], "slots": [3, 8]}, held_requests=1, counts=counts)
     return {"active": active.to_dict(), "policy": active.digest, "generation": generation, **plain, **more}
 
 
@@ -95,7 +95,8 @@ def test_states_become_increments(exporter):
     assert sample("policy_info", digest=first.digest, mode="observe") == 1
     assert sample("plans_refused_total", reason="swapped_out") == 2
     assert sample("policy_swaps_total") == 1
-    assert (sample("table_rows_in_use"), sample("table_rows"), sample("held_requests")) == (2, 64, 1)
+    assert [sample(f"table_{part}") for part in ("rows_in_use", "rows", "cells_in_use", "cells")] == [2, 64, 30, 900]
+    assert [sample(name) for name in ("table_slots_in_use", "table_slots", "held_requests")] == [3, 8, 1]
 
 
 def test_no_policy_counts_nothing(exporter):
@@ -233,11 +234,10 @@ def test_the_states_of_several_cores_are_one():
     from vllm_unsafe_routes.engine.data_parallel import status_of_all
 
     active = ActivePolicy(RoutePolicy.from_json(POLICY))
-    more = {"planned_requests": 1}
-    client = Client(status(active, 1, tokens=10, displaced=(3, 1), **more), status(active, 2, counts=None, refused=4, **more))
+    client = Client(status(active, 1, tokens=10, displaced=(3, 1)), status(active, 2, counts=None, refused=4))
     client.core_engines = ("first", "second")
     merged = asyncio.run(status_of_all(client))
-    assert (merged["generation"], merged["refused"], merged["rows"], merged["planned_requests"]) == (2, 4, 128, 2)
+    assert (merged["generation"], merged["refused"], merged["table"]["rows"], merged["table"]["slots"]) == (2, 4, [4, 128], [6, 16])
     assert merged["counts"]["displaced"] == {"enforce": [3, 1], "observe": [0, 0]}
 
 

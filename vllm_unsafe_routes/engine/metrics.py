@@ -8,6 +8,7 @@ Of several API servers only the first exports what the engine counted; each expo
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import weakref
 from collections.abc import Mapping
@@ -77,8 +78,15 @@ NUM_NAN = Metric(_PREFIX + "nan_tokens_total", Counter, ("layer",), "Tokens whos
 ACCEPTED = Metric(_PREFIX + "plans_accepted_total", Counter, (), "Requests with a route plan that were accepted.")
 REFUSED = Metric(_PREFIX + "plans_refused_total", Counter, ("reason",), "Requests whose route plan was refused.")
 SWAPS = Metric(_PREFIX + "policy_swaps_total", Counter, (), "Route policies that were put in force without a restart.")
-ROWS_USED = Metric(_PREFIX + "table_rows_in_use", Gauge, (), "Rows of the route table that hold a directive.")
-ROWS = Metric(_PREFIX + "table_rows", Gauge, (), "Rows that the route table has.")
+# Part of the route table -> how much of it is in use, and how much there is.
+TABLE = {
+    part: (Metric(f"{_PREFIX}table_{part}_in_use", Gauge, (), used), Metric(f"{_PREFIX}table_{part}", Gauge, (), there_are))
+    for part, used, there_are in (
+        ("rows", "Rows of the route table that hold a directive.", "Rows that the route table has."),
+        ("cells", "Row indices of the route table that plans hold.", "Row indices that the route table has."),
+        ("slots", "Requests with a plan that have a place in the route table.", "Places that the route table has."),
+    )
+}
 HELD = Metric(_PREFIX + "held_requests", Gauge, (), "Requests that wait for room in the route table.")
 USED = Metric(
     _PREFIX + "expert_tokens_total",
@@ -86,7 +94,7 @@ USED = Metric(
     ("layer", "expert", "request_label"),
     "Tokens routed to an expert, with --route-usage.",
 )
-METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, ROWS_USED, ROWS, HELD, USED)
+METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, *itertools.chain(*TABLE.values()), HELD, USED)
 # A plan that the engine accepted and ended later, because a policy that was swapped in does not permit it.
 _SWAPPED_OUT = "swapped_out"
 
@@ -135,8 +143,9 @@ class Exporter:
             self._of(POLICY, digest, mode).set((digest, mode) == (active.digest, active.mode))
         self._count(REFUSED, status["refused"], _SWAPPED_OUT)
         self._count(SWAPS, status["generation"])
-        self._of(ROWS_USED).set(status["rows_in_use"])
-        self._of(ROWS).set(status["rows"])
+        for part, metrics in TABLE.items():
+            for metric, value in zip(metrics, status["table"][part], strict=True):
+                self._of(metric).set(value)
         self._of(HELD).set(status["held_requests"])
         counts = status["counts"]
         if counts is None:

@@ -69,10 +69,14 @@ class RouteAdmission:
         """Learn how to end a request that the scheduler does not hold: the engine core reaches its client."""
         self._deliver = deliver
 
-    @property
-    def num_rows_in_use(self) -> int:
-        """Rows of the route table that hold something, the policy's own included."""
-        return len(self.ledger.rows) + self._num_policy_rows
+    def table_use(self) -> dict[str, list[int]]:
+        """Part of the route table -> how much of it is in use, the policy's own rows included, and how much there is."""
+        ledger, config = self.ledger, self.config
+        return {
+            "rows": [len(ledger.rows) + self._num_policy_rows, config.route_table_rows],
+            "cells": [ledger.num_cells, ledger.max_cells],
+            "slots": [len(ledger), ledger.max_slots],
+        }
 
     @property
     def num_held(self) -> int:
