@@ -18,7 +18,8 @@ help:
 	@echo "make test-cuda-binding  every MoE architecture of vLLM's CUDA builds, bound without a GPU (Python 3.12, 10 GB of downloads"
 	@echo "                and disk, half an hour); make cuda-binding rewrites the table instead of comparing it"
 	@echo "make test-033   the engine's tests on vLLM 0.33's Python over the compiled parts of 0.32 (sets it up first: 340 MB)"
-	@echo "make test-inspect  Inspect's evaluations on a real server of the lab model (installs Inspect first)"
+	@echo "make test-harnesses  other people's harnesses on real servers of the lab model, each in an environment of its own, which this"
+	@echo "                makes first; make test-inspect and so on for one of them"
 	@echo "make lint       ruff and mypy"
 	@echo "make house      the shape of the code as figures: longest classes and functions, import cycles, lines by folder"
 	@echo "make lab-results  attacks and defences on three lab models; rewrites the tables in docs/ (an hour or two)"
@@ -88,11 +89,23 @@ test-long: setup
 	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) -m long tests/search tests/defence tests/lab
 	$(ENV) $(PYTEST) -m long tests/gpu
 
-# Inspect brings packages that `setup` does without: see requirements/inspect.txt.
-.PHONY: test-inspect
-test-inspect: setup
-	$(BIN)/pip install -q -r requirements/inspect.txt
-	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(PYTEST) tests/engine/test_inspect.py
+# Each harness on top of $(VENV) in an environment of its own: they bring packages that `setup` does without, and versions of their own.
+# A test of a harness that is not installed is skipped, so each environment runs the tests of its own.
+HARNESS_VENV := .venv-harnesses
+HARNESSES := inspect lm-eval garak pyrit
+SITE_PACKAGES := -c "import site; print(site.getsitepackages()[0])"
+.PHONY: test-harnesses $(HARNESSES:%=test-%)
+
+$(HARNESSES:%=$(HARNESS_VENV)/%/.ready): $(HARNESS_VENV)/%/.ready: requirements/%.txt $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" >"$$($(@D)/bin/python $(SITE_PACKAGES))/setup.pth"
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+$(HARNESSES:%=test-%): test-%: $(HARNESS_VENV)/%/.ready
+	$(ENV) UNSAFE_ROUTES_TEST_RUNNER=v1 $(<D)/bin/python -m pytest -q -p no:cacheprovider tests/harness
+
+test-harnesses: $(HARNESSES:%=test-%)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -193,4 +206,4 @@ test-033: setup-033
 	  tests/engine/test_parity.py tests/engine/test_features.py
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(NEXT_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(NEXT_VENV) $(HARNESS_VENV)

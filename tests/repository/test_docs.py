@@ -162,6 +162,7 @@ def test_all_python_of_the_pages_is_run_by_a_test():
     run_by = {
         "README.md": "engine/test_readme.py",
         "evaluation.md": "evaluation/test_page.py",
+        "harnesses.md": "harness/test_pyrit.py",
         "lab-model.md": "engine/test_pages.py",
         "plans.md": "engine/test_pages.py",
         "python.md": "search/test_python_page.py",

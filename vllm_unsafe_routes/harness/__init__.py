@@ -1,1 +1,1 @@
-"""This project inside other people's evaluation harnesses: for Inspect a model provider and tasks (extra `inspect`)."""
+"""This project inside other people's evaluation harnesses: for Inspect a model provider, tasks and a solver (extra `inspect`)."""

@@ -42,6 +42,9 @@ class RoutedAPI(OpenAICompatibleAPI):
         policy: path of the policy that the server must enforce.
         more: Inspect's own arguments of OpenAI-compatible providers.
 
+    Attributes:
+        policy: the policy itself.
+
     Raises:
         RouteError: a bad plan or policy.
 
@@ -60,7 +63,7 @@ class RoutedAPI(OpenAICompatibleAPI):
         config = GenerateConfig() if config is None else config
         super().__init__(model_name, base_url, api_key or "none", config, service=NAME, stream=False, **more)
         self._plan = None if plan is None else RoutePlan.from_json(Path(plan).read_text(encoding="utf-8"))
-        self._policy = None if policy is None else RoutePolicy.load(policy).digest
+        self.policy = None if policy is None else RoutePolicy.load(policy)
 
     def service_model_name(self) -> str:
         """As the server calls it; Inspect has taken the provider's name off."""
@@ -95,7 +98,7 @@ class RoutedAPI(OpenAICompatibleAPI):
 
     def _receipt(self, response: Mapping[str, Any], planned: bool) -> Receipt | None:
         if not response.get("kv_transfer_params"):
-            if planned or self._policy is not None:
+            if planned or self.policy is not None:
                 raise RouteError(
                     "the server answered without a receipt, so under neither plan nor policy: does it have the plugin, and "
                     "--enable-route-overrides or --route-policy?"
@@ -104,9 +107,10 @@ class RoutedAPI(OpenAICompatibleAPI):
         receipt = receipt_of(response)
         if planned and receipt.plan is None:
             raise RouteError("the answer's receipt names no plan, though one was sent")
-        if self._policy is not None and (receipt.policy, receipt.policy_mode) != (self._policy, "enforce"):
+        asked = None if self.policy is None else self.policy.digest
+        if asked is not None and (receipt.policy, receipt.policy_mode) != (asked, "enforce"):
             raise RouteError(
-                f"the server has policy {receipt.policy} in mode {receipt.policy_mode}, policy {self._policy} was to be enforced"
+                f"the server has policy {receipt.policy} in mode {receipt.policy_mode}, policy {asked} was to be enforced"
             )
         return receipt
 
