@@ -1,9 +1,9 @@
-"""One table of attacks and recipes at equal candidate budgets: docs/evaluation.md.
+"""Attacks and recipes at equal candidate budgets (docs/evaluation.md), and two questions about routes (docs/what-is-a-route.md).
 
 On the lab model that ships, on prompts of `test` that no setting was chosen by: the plain answer; best masks of the top RoSais
 layers, of random layers, and single random masks; F-SOUR in the published code's strategy and the adaptive one, one attempt each;
-SteerMoE, SAFEx, L3 and MASCing, whose comparison is of the split `search`. None scores more than `--budget` candidates a prompt.
-Runs are campaigns in `--runs`: an interrupted call goes on.
+SteerMoE, SAFEx, L3 and MASCing, whose comparison is of the split `search`; and a suffix of words, which is no route. No search
+of routes scores more than `--budget` candidates a prompt. Runs are campaigns in `--runs`: an interrupted call goes on.
 
     python benchmarks/recipe_results.py              # about ten minutes of two idle cores
     python benchmarks/tables.py                      # the tables of README.md and docs/
@@ -34,10 +34,22 @@ NAMES = {
     "safex": "SAFEx",
     "l3": "L3",
     "mascing": "MASCing",
+    "suffix": "suffix of words (input only)",
 }
 ASR, CANDIDATES, GAIN, NATIVE = "ASR", "candidates a prompt", "gain, nats", "gain with native weights"
+# In no table.
+CLEAN = "clean"
 COLUMNS = (ASR, CANDIDATES, GAIN, NATIVE)
 CONTROLS = ("--controls", 10)
+# Measures of a prompt that might say whether a suffix opens it.
+PREDICTORS = {
+    ("rosais", GAIN): "gain of the best masks",
+    ("fsour-code", GAIN): "gain of F-SOUR",
+    ("fsour-code", NATIVE): "gain of F-SOUR's route with native weights",
+    ("l3", GAIN): "gain of L3",
+    ("none", CLEAN): "log-probability of the target without an attack",
+}
+Cells = dict[tuple[str, str], list[tuple[Any, Any, Any]]]
 LARGEST_ROUND = 33
 
 
@@ -56,6 +68,10 @@ def run(out: Path, num: int, budget: int, seeds: str) -> None:
     unsafe_routes("fsour", *judged, *one, *adaptive, "--out", out / "fsour-adaptive")
     contrast = ["--refused", "lab:search", "--answered", "lab:search:benign"]
     unsafe_routes("recipe", *judged, *contrast, "--candidates", budget, "--out", out / "recipes")
+    scores = ["--seeds", "0,1,2", "--masks", 20, "--same-masks"]
+    unsafe_routes("rosais", *shared[:4], *scores, "--data", "lab:search", "--limit", num, "--out", out / "rosais-seeds")
+    alone = ["--attack", "suffix", "--defence", "none", "--utility-limit", 2]
+    unsafe_routes("evaluate", *judged, *alone, "--out", out / "suffix")
 
 
 def draws(num: int, budget: int) -> int:
@@ -70,19 +86,21 @@ def draws(num: int, budget: int) -> int:
 
 def figures(out: Path) -> Iterator[tuple[str, str, Any, Any, float | bool | None]]:
     """(attack, column, prompt, seed, value) of every record."""
-    from vllm_unsafe_routes.study.records import Answer, Controls, Fsour, Mask, Recipe, Record, read
+    from vllm_unsafe_routes.study.records import Answer, Controls, Fsour, Mask, Matrix, Recipe, Record, read
 
-    for folder in ("masks", "masks-native", "fsour-code", "fsour-adaptive", "recipes"):
+    for folder in ("masks", "masks-native", "fsour-code", "fsour-adaptive", "recipes", "suffix"):
         for record in read(out / folder, Record):
             if isinstance(record, Answer):
                 if folder == "masks":
                     yield "none", ASR, record.prompt, 0, record.success
                 continue
-            if not isinstance(record, Controls | Fsour | Mask | Recipe):
+            if not isinstance(record, Controls | Fsour | Mask | Matrix | Recipe):
                 continue
             attack = "rosais-native" if folder == "masks-native" else record.attack
             if isinstance(record, Controls):
                 yield attack, GAIN, record.prompt, record.seed, record.found - record.clean
+                if folder == "fsour-code":
+                    yield "none", CLEAN, record.prompt, record.seed, record.clean
                 yield attack, NATIVE, record.prompt, record.seed, record.native - record.clean
                 continue
             success = record.answers[LEVEL].success if isinstance(record, Mask) else record.success
@@ -97,19 +115,63 @@ def tabulate(out: Path, budget: int) -> Rows:
     from vllm_unsafe_routes.evaluation.statistics import Outcomes, mean_interval
     from vllm_unsafe_routes.study.summary import interval_json, rate
 
-    cells: dict[tuple[str, str], list[tuple[Any, Any, Any]]] = {}
+    cells: Cells = {}
     for attack, column, prompt, seed, value in figures(out):
         cells.setdefault((attack, column), []).append((prompt, seed, value))
     lines: Rows = []
     for (attack, column), found in cells.items():
+        if column == CLEAN:
+            continue
         entry = rate(found) if column == ASR else interval_json(mean_interval(Outcomes.from_rows(found)), 0)
-        lines.append({"row": attack, "column": column, "budget": budget} | entry)
+        lines.append({"table": "attacks", "row": attack, "column": column, "budget": budget} | entry)
     order = list(NAMES)
-    return sorted(lines, key=lambda line: order.index(line["row"]))
+    return [*sorted(lines, key=lambda line: order.index(line["row"])), *predictions(cells), *layers_by_category(out)]
+
+
+def predictions(cells: Cells) -> Rows:
+    """Whether what a search of routes gains on a prompt says which prompts a suffix opens: rank correlations over prompts."""
+    from vllm_unsafe_routes.evaluation.correlation import rank_correlation
+    from vllm_unsafe_routes.study.summary import interval_json
+
+    def of(attack: str, column: str) -> dict[Any, float]:
+        values: dict[Any, list[float]] = {}
+        for prompt, _, value in cells.get((attack, column), []):
+            if value is not None:
+                values.setdefault(prompt, []).append(float(value))
+        return {prompt: sum(found) / len(found) for prompt, found in values.items()}
+
+    opened, lines = of("suffix", ASR), []
+    for attack, column in PREDICTORS:
+        measure = of(attack, column)
+        pairs = [(measure[prompt], opened[prompt]) for prompt in measure if prompt in opened]
+        if len({one for one, _ in pairs}) > 1 and len({one for _, one in pairs}) > 1:
+            found = interval_json(rank_correlation(pairs), 0)
+            lines.append({"table": "prediction", "row": attack, "column": column} | found)
+    return lines
+
+
+def layers_by_category(out: Path) -> Rows:
+    """RoSais of each layer by category of prompts, and for how many prompts a layer is the most critical one."""
+    from vllm_unsafe_routes.evaluation.statistics import Outcomes, mean_interval
+    from vllm_unsafe_routes.study.records import Rosais, read
+    from vllm_unsafe_routes.study.summary import interval_json, rate
+
+    records = list(read(out / "rosais-seeds", Rosais))
+    lines = []
+    for category in ["all", *sorted({record.category for record in records})]:
+        mine = [record for record in records if category in ("all", record.category)]
+        for layer in mine[0].scores:
+            rows = [(one.prompt, one.seed, one.scores[layer]) for one in mine]
+            about = {"table": "stability", "row": category, "column": f"layer {layer}"}
+            lines.append(about | interval_json(mean_interval(Outcomes.from_rows(rows)), 0))
+            tops = [(one.prompt, one.seed, max(one.scores, key=one.scores.__getitem__) == layer) for one in mine]
+            lines.append(about | {"column": f"layer {layer} first"} | rate(tops))
+    return lines
 
 
 def table(lines: Rows) -> str:
     """Success, candidates and gain by attack."""
+    lines = [line for line in lines if line["table"] == "attacks"]
     if not lines:
         return NOT_MEASURED
 
@@ -117,8 +179,7 @@ def table(lines: Rows) -> str:
         line = next((one for one in lines if (one["row"], one["column"]) == (row, column)), None)
         if line is None:
             return ""
-        value, low, high = (float(line[name]) for name in ("value", "low", "high"))
-        return f"{value:.0f}" if column == CANDIDATES else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{float(line['value']):.0f}" if column == CANDIDATES else shown(line)
 
     first = lines[-1]
     head = (
@@ -129,7 +190,39 @@ def table(lines: Rows) -> str:
     return f"{head}\n\n{markdown(['attack', *COLUMNS], rows)}"
 
 
-TABLES = {"recipes": table}
+def shown(line: dict[str, Any]) -> str:
+    """A figure with its interval."""
+    value, low, high = (float(line[name]) for name in ("value", "low", "high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def prediction_table(lines: Rows) -> str:
+    """Rank correlations with the success of a suffix."""
+    rows = [line for line in lines if line["table"] == "prediction"]
+    if not rows:
+        return NOT_MEASURED
+    names = {(attack, column): name for (attack, column), name in PREDICTORS.items()}
+    return markdown(
+        [f"of {rows[0]['prompts']} prompts", "rank correlation with a suffix's success"],
+        [[names[row["row"], row["column"]], shown(row)] for row in rows],
+    )
+
+
+def stability_table(lines: Rows) -> str:
+    """RoSais by category."""
+    rows = [line for line in lines if line["table"] == "stability" and not line["column"].endswith("first")]
+    if not rows:
+        return NOT_MEASURED
+    columns = distinct(rows, "column")
+    by_row = {(row["row"], row["column"]): shown(row) for row in rows}
+    prompts = {row["row"]: row["prompts"] for row in rows}
+    shares = [line for line in lines if line["table"] == "stability" and line["row"] == "all" and line["column"].endswith("first")]
+    first = ", ".join(f"{line['column'].removesuffix(' first')} {float(line['value']):.2f}" for line in shares)
+    made = [[f"{row} ({prompts[row]} prompts)", *(by_row[row, column] for column in columns)] for row in distinct(rows, "row")]
+    return f"{markdown(['RoSais in nats', *columns], made)}\n\nShare of prompts whose most critical layer it is: {first}."
+
+
+TABLES = {"recipes": table, "route-and-suffix": prediction_table, "route-stability": stability_table}
 
 
 def main() -> None:
