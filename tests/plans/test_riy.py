@@ -68,6 +68,7 @@ def test_what_is_no_policy(profile, message):
     [
         (RoutePolicy({0: LayerPolicy(frozenset({1}))}, weights="native"), "cannot say weights 'native'"),
         (RoutePolicy({2: LayerPolicy(protected=frozenset({1}))}), "policy layer 2: a RIY profile cannot say 'protected'"),
+        (RoutePolicy({3: LayerPolicy(bias={1: 0.5})}), "policy layer 3: a RIY profile cannot say 'bias'"),
     ],
 )
 def test_what_is_no_profile(policy, message):
