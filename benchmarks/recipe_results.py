@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ NAMES = {
     "suffix": "suffix of words (input only)",
 }
 ASR, CANDIDATES, GAIN, NATIVE = "ASR", "candidates a prompt", "gain, nats", "gain with native weights"
+ROSAIS, SHARES = "RoSais, nats", "share of F-SOUR's gain"
 # In no table.
 CLEAN = "clean"
 COLUMNS = (ASR, CANDIDATES, GAIN, NATIVE)
@@ -151,22 +152,39 @@ def predictions(cells: Cells) -> Rows:
 
 
 def layers_by_category(out: Path) -> Rows:
-    """RoSais of each layer by category of prompts, and for how many prompts a layer is the most critical one."""
+    """By category of prompts: RoSais of each layer, its share of what F-SOUR gained, and for how many prompts it is first."""
     from vllm_unsafe_routes.evaluation.statistics import Outcomes, mean_interval
-    from vllm_unsafe_routes.study.records import Rosais, read
-    from vllm_unsafe_routes.study.summary import interval_json, rate
+    from vllm_unsafe_routes.study.records import Fsour, Rosais, read
+    from vllm_unsafe_routes.study.summary import interval_json
 
-    records = list(read(out / "rosais-seeds", Rosais))
+    # (category, prompt, seed, layer -> value) by measure.
+    samples: dict[str, list[tuple[str, str, int, dict[int, float]]]] = {
+        ROSAIS: [(one.category, one.prompt, one.seed, one.scores) for one in read(out / "rosais-seeds", Rosais)],
+        SHARES: [
+            (one.category, one.prompt, one.seed, gain_shares(one.final.routes))
+            for one in read(out / "fsour-code", Fsour)
+            if one.final.routes
+        ],
+    }
     lines = []
-    for category in ["all", *sorted({record.category for record in records})]:
-        mine = [record for record in records if category in ("all", record.category)]
-        for layer in mine[0].scores:
-            rows = [(one.prompt, one.seed, one.scores[layer]) for one in mine]
-            about = {"table": "stability", "row": category, "column": f"layer {layer}"}
-            lines.append(about | interval_json(mean_interval(Outcomes.from_rows(rows)), 0))
-            tops = [(one.prompt, one.seed, max(one.scores, key=one.scores.__getitem__) == layer) for one in mine]
-            lines.append(about | {"column": f"layer {layer} first"} | rate(tops))
+    for measure, found in samples.items():
+        layers = sorted({layer for *_, values in found for layer in values})
+        for category in ["all", *sorted({one[0] for one in found})]:
+            mine = [one for one in found if category in ("all", one[0])]
+            for layer in layers:
+                rows = [(prompt, seed, values.get(layer, 0.0)) for _, prompt, seed, values in mine]
+                first = [(prompt, seed, float(max(values, key=values.__getitem__) == layer)) for _, prompt, seed, values in mine]
+                for column, cells in ((f"layer {layer}", rows), (f"layer {layer} first", first)):
+                    about = {"table": f"stability, {measure}", "row": category, "column": column}
+                    lines.append(about | interval_json(mean_interval(Outcomes.from_rows(cells)), 0))
     return lines
+
+
+def gain_shares(routes: Sequence[Any]) -> dict[int, float]:
+    """Each layer's share of what accepted routes gained."""
+    total = sum(route.gain for route in routes)
+    layers = sorted({route.layer for route in routes})
+    return {layer: sum(route.gain for route in routes if route.layer == layer) / total for layer in layers}
 
 
 def table(lines: Rows) -> str:
@@ -209,17 +227,23 @@ def prediction_table(lines: Rows) -> str:
 
 
 def stability_table(lines: Rows) -> str:
-    """RoSais by category."""
-    rows = [line for line in lines if line["table"] == "stability" and not line["column"].endswith("first")]
-    if not rows:
-        return NOT_MEASURED
-    columns = distinct(rows, "column")
-    by_row = {(row["row"], row["column"]): shown(row) for row in rows}
-    prompts = {row["row"]: row["prompts"] for row in rows}
-    shares = [line for line in lines if line["table"] == "stability" and line["row"] == "all" and line["column"].endswith("first")]
-    first = ", ".join(f"{line['column'].removesuffix(' first')} {float(line['value']):.2f}" for line in shares)
-    made = [[f"{row} ({prompts[row]} prompts)", *(by_row[row, column] for column in columns)] for row in distinct(rows, "row")]
-    return f"{markdown(['RoSais in nats', *columns], made)}\n\nShare of prompts whose most critical layer it is: {first}."
+    """RoSais, and F-SOUR's gains, by category."""
+    made = []
+    for measure in (ROSAIS, SHARES):
+        rows = [line for line in lines if line["table"] == f"stability, {measure}"]
+        if not rows:
+            continue
+        columns = [column for column in distinct(rows, "column") if not column.endswith("first")]
+        cells = {(row["row"], row["column"]): row for row in rows}
+        for name in distinct(rows, "row"):
+            tops = " / ".join(f"{float(cells[name, f'{column} first']['value']):.2f}" for column in columns)
+            prompts = cells[name, columns[0]]["prompts"]
+            made.append([f"{measure}, {name} ({prompts})", *(shown(cells[name, column]) for column in columns), tops])
+    return (
+        markdown(["measure, category (prompts)", *columns, "share of prompts whose first layer it is"], made)
+        if made
+        else NOT_MEASURED
+    )
 
 
 TABLES = {"recipes": table, "route-and-suffix": prediction_table, "route-stability": stability_table}
