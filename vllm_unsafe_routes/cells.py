@@ -2,7 +2,7 @@
 
 A cell is a (position, layer). A **candidate** changes some cells of a prompt's base plan; each change is a **move**: these experts,
 at this layer, for a span of positions. A search that draws ten routes for one cell asks for ten candidates of one move each; a mask
-is a move over the whole prompt.
+is a move over the whole prompt, and so is a set of bans.
 
 This module imports neither torch nor vLLM.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .compiled import FLAG_NATIVE_WEIGHTS, NO_ROW, CompiledPlan, RowLayout
 from .errors import RouteError
 from .extras import RouteExtras, ScoreSpec
 from .plan import RoutePlan
@@ -44,6 +45,8 @@ class Cells:
             two moves of one candidate at the same cell the later holds, and a move holds where the base forces something else. A
             move is for positions of the prompt, or for all tokens that the model reads: a mask.
         experts: int32 [num_moves, top_k], the experts of each move.
+        chooses: whether tokens choose their top_k among the experts of a move, which may be more then. The base may only disable
+            others.
 
     """
 
@@ -53,9 +56,17 @@ class Cells:
     num_candidates: int
     moves: npt.NDArray[np.int32]
     experts: npt.NDArray[np.int32]
+    chooses: bool = False
 
     @classmethod
-    def of(cls, prompt: Sequence[int], target: Sequence[int], plan: str | None, candidates: Sequence[Sequence[Move]]) -> Cells:
+    def of(
+        cls,
+        prompt: Sequence[int],
+        target: Sequence[int],
+        plan: str | None,
+        candidates: Sequence[Sequence[Move]],
+        chooses: bool = False,
+    ) -> Cells:
         """For a target that follows the prompt, from the moves of each candidate. Raises `RouteError` if one is empty."""
         if not len(prompt) or not len(target):
             raise RouteError("a score needs at least one prompt token and one target token")
@@ -68,6 +79,7 @@ class Cells:
             len(candidates),
             np.array(moves, np.int32).reshape(-1, 4),
             np.array(experts, np.int32) if experts else np.zeros((0, 1), np.int32),
+            chooses,
         )
 
     @property
@@ -78,18 +90,21 @@ class Cells:
     def to_wire(self) -> dict[str, Any]:
         """Plain values and bytes."""
         arrays = {name: getattr(self, name).astype("<i4").tobytes() for name in ("prompt", "target", "moves", "experts")}
-        return {**arrays, "plan": self.plan, "num_candidates": self.num_candidates, "width": self.target.shape[1]}
+        more = {"plan": self.plan, "num_candidates": self.num_candidates, "chooses": self.chooses}
+        return {**arrays, **more, "width": self.target.shape[1], "num_experts": self.experts.shape[1]}
 
     @classmethod
-    def from_wire(cls, document: Mapping[str, Any], top_k: int) -> Cells:
+    def from_wire(cls, document: Mapping[str, Any]) -> Cells:
         """The opposite of `to_wire`."""
 
         def array(name: str) -> npt.NDArray[np.int32]:
             return np.frombuffer(document[name], "<i4")
 
-        moves, experts = array("moves").reshape(-1, 4), array("experts").reshape(-1, top_k)
+        moves, experts = array("moves").reshape(-1, 4), array("experts").reshape(-1, document["num_experts"])
         target = array("target").reshape(-1, document["width"])
-        return cls(array("prompt"), target, document["plan"], int(document["num_candidates"]), moves, experts)
+        return cls(
+            array("prompt"), target, document["plan"], int(document["num_candidates"]), moves, experts, bool(document["chooses"])
+        )
 
     def extras(self) -> list[RouteExtras]:
         """Each candidate as a request of its own, for an engine that cannot score cells: what travels beside `token_ids`."""
@@ -113,15 +128,15 @@ class Cells:
                     masks[layer] = experts
                 else:
                     cells.update(((layer, position), experts) for position in range(first, last))
-            if masks or len(cells) > _LONGEST_DELTA or not forced.isdisjoint(cells):
-                found.append(RouteExtras(_with_forces(plan, cells, masks), score=spec))
+            if masks or self.chooses or len(cells) > _LONGEST_DELTA or not forced.isdisjoint(cells):
+                found.append(RouteExtras(_with_moves(plan, cells, masks, "allow" if self.chooses else "force"), score=spec))
             else:
                 delta = tuple(value for cell, experts in cells.items() for value in (*cell, *experts))
                 found.append(RouteExtras(self.plan, delta, score=spec))
         return found
 
-    def check(self, shape: ModelShape, policy: RoutePolicy | None) -> None:
-        """Refuse what the model or the policy does not permit, all candidates at once.
+    def check(self, shape: ModelShape, policy: RoutePolicy | None, plan: CompiledPlan) -> None:
+        """Refuse what the model, the policy or the base plan does not permit, all candidates at once.
 
         Raises:
             RouteError: names the first bad move.
@@ -132,6 +147,8 @@ class Cells:
         moves, experts = self.moves, self.experts
         if len(moves) != len(experts):
             raise RouteError(f"{len(moves)} moves with {len(experts)} sets of experts")
+        if len(moves) and not shape.top_k <= experts.shape[1] <= (shape.num_experts if self.chooses else shape.top_k):
+            raise RouteError(f"moves of {experts.shape[1]} experts, top_k {shape.top_k} are needed")
         ordered = np.sort(experts, axis=1)
         banned = np.zeros((shape.num_hidden_layers, shape.num_experts), bool)
         protected = np.zeros_like(banned)
@@ -151,6 +168,8 @@ class Cells:
         chosen[rows, experts] = True
         self._refuse((chosen & banned[moves[:, LAYER]]).any(1), "an expert is disabled by the engine's policy")
         self._refuse((protected[moves[:, LAYER]] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
+        if self.chooses:
+            self._refuse((chosen & _disabled(plan, shape)[moves[:, LAYER]]).any(1), "an expert is disabled by the base plan")
 
     def _refuse(self, bad: Any, why: str) -> None:
         if bad.any():
@@ -160,8 +179,23 @@ class Cells:
             raise RouteError(f"{where}, experts {self.experts[at].tolist()}: {why}")
 
 
-def _with_forces(plan: RoutePlan, cells: Mapping[tuple[int, int], tuple[int, ...]], masks: Mapping[int, tuple[int, ...]]) -> str:
-    """A plan's string with forces at (layer, position) in the place of its own there, and at layers for all tokens."""
+def _disabled(plan: CompiledPlan, shape: ModelShape) -> npt.NDArray[np.bool_]:
+    """bool [decoder layers, num_experts], what a plan disables anywhere. Raises `RouteError` if it does anything else."""
+    layout = RowLayout(shape.num_experts, shape.top_k)
+    rows = [layout.read(row) for row in plan.rows]
+    if any(flags & ~FLAG_NATIVE_WEIGHTS for flags, _ in rows):
+        raise RouteError("moves whose tokens choose among experts need a base plan that only disables others")
+    found = np.zeros((shape.num_hidden_layers, shape.num_experts), bool)
+    for layer, columns in zip(shape.moe_layers, plan.block, strict=True):
+        for row in set(columns.tolist()) - {NO_ROW}:
+            found[layer] |= [not rows[row][1] >> expert & 1 for expert in range(shape.num_experts)]
+    return found
+
+
+def _with_moves(
+    plan: RoutePlan, cells: Mapping[tuple[int, int], tuple[int, ...]], masks: Mapping[int, tuple[int, ...]], kind: str
+) -> str:
+    """A plan's string with directives at (layer, position) in the place of its forces there, and at layers for all tokens."""
     made = RoutePlan(weights=plan.weights)
     for item in plan.directives:
         if item.kind == "bias":
@@ -180,9 +214,9 @@ def _with_forces(plan: RoutePlan, cells: Mapping[tuple[int, int], tuple[int, ...
     for (layer, position), experts in sorted(cells.items()):
         grouped.setdefault((layer, experts), []).append(position)
     for (layer, experts), positions in grouped.items():
-        made.force(layer, positions, experts)
+        getattr(made, kind)(layer, positions, experts)
     for layer, experts in masks.items():
-        made.force(layer, "all", experts)
+        getattr(made, kind)(layer, "all", experts)
     return made.to_string()
 
 

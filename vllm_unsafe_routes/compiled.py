@@ -107,13 +107,17 @@ class RowLayout:
             + struct.pack(f"<{self.top_k}f", *(weights or (0.0,) * self.top_k))
         )
 
-    def forced_rows(self, experts: npt.NDArray[np.int32], native: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-        """`forced_row` without weights for many, int32 [num_rows, ints], of experts [num_rows, top_k] and native [num_rows]."""
+    def rows_of(self, experts: npt.NDArray[np.int32], native: bool, chooses: bool) -> npt.NDArray[np.int32]:
+        """`forced_row` without weights, or `mask_row` where tokens choose, of experts [num_rows, any]: int32 [num_rows, ints]."""
         allowed = np.zeros((len(experts), self.num_words), np.uint32)
         for column in experts.T:
             allowed[np.arange(len(experts)), column // 32] |= np.uint32(1) << (column % 32).astype(np.uint32)
-        flags = FLAG_FORCED | np.where(native, FLAG_NATIVE_WEIGHTS, 0).astype(np.int32)
-        return np.concatenate([flags[:, None], allowed.view(np.int32), experts, np.zeros_like(experts)], 1, dtype=np.int32)
+        rows = np.zeros((len(experts), sum(self.widths[:4])), np.int32)
+        rows[:, 0] = (0 if chooses else FLAG_FORCED) | (FLAG_NATIVE_WEIGHTS if native else 0)
+        rows[:, 1 : 1 + self.num_words] = allowed.view(np.int32)
+        if not chooses:
+            rows[:, 1 + self.num_words : 1 + self.num_words + self.top_k] = experts
+        return rows
 
     def table(self, contents: Sequence[bytes]) -> npt.NDArray[np.int32]:
         """Rows as int32 [num_rows, longest of them], zeros behind the shorter ones."""

@@ -97,6 +97,21 @@ def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples, ste
     assert again == whole and rest == notes[2:]
 
 
+def test_bans_as_cells_are_those_of_requests(backend, examples, monkeypatch):
+    """Two of them at one layer, so that candidates of a round leave different numbers of experts."""
+    settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9}
+    added, notes = add_greedily(backend, examples, **settings)
+    assert backend.has_cells and len({one.layer for one in added}) < len(added) == 4
+    monkeypatch.setattr(backend, "has_cells", False)
+    other, other_notes = add_greedily(backend, examples, **settings)
+    assert [(one.layer, one.expert) for one in added] == [(one.layer, one.expert) for one in other]
+    assert [one.strength for one in added] == pytest.approx([one.strength for one in other], abs=1e-5)
+    for one, same in zip(notes, other_notes, strict=True):
+        assert [found[:2] for found in one.measured] == [found[:2] for found in same.measured]
+        gains = [[found[2] for found in note.measured if found[2] is not None] for note in (one, same)]
+        assert gains[0] == pytest.approx(gains[1], abs=1e-5)
+
+
 def test_a_budget_that_nothing_meets_bans_nothing(backend, examples):
     added, notes = add_greedily(backend, examples, budget=1.1)
     assert added == [] and notes == []

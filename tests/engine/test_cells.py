@@ -105,6 +105,22 @@ def test_bad_moves_are_refused(llm, move, message):
     assert not isinstance(caught.value, CellsUnavailable)
 
 
+@pytest.mark.parametrize(
+    ("base", "left", "message"),
+    [
+        (RoutePlan().force(0, [0], [4, 5, 6, 7]), 14, "need a base plan that only disables"),
+        (RoutePlan().disable(1, "all", [9]), 14, "an expert is disabled by the base plan"),
+        (RoutePlan(), 15, "an expert is disabled by the engine's policy"),
+        (RoutePlan(), 3, "moves of 3 experts, top_k 4 are needed"),
+    ],
+)
+def test_bad_bans_are_refused(llm, base, left, message):
+    experts = [*range(2), *range(4, 16), 2][:left]
+    with pytest.raises(RouteError, match=message) as caught:
+        ask(core_of(llm), [Cells.of([3, 4, 5], [6], base.to_string(), [[(1, 0, 3, experts)]], chooses=True)])
+    assert not isinstance(caught.value, CellsUnavailable)
+
+
 def test_few_blocks_take_more_sweeps(tiny_model, shape):
     """Eight blocks hold one base of up to two blocks at a time, and candidates one or two at a time."""
     with engine(tiny_model("olmoe"), {"allow_overrides": True, "score_blocks": 14}) as llm:

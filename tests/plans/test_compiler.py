@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_unsafe_routes import LayerPolicy, ModelShape, RouteError, RoutePlan, RoutePolicy
-from vllm_unsafe_routes.compiled import NO_ROW, RowLayout
+from vllm_unsafe_routes.compiled import NO_ROW, RowLayout, expert_bits
 from vllm_unsafe_routes.compiler import PlanCompiler
 
 SHAPE = ModelShape("olmoe", 6, 64, (1, 2, 4), num_experts=64, top_k=4)
@@ -321,10 +321,12 @@ def test_one_limit_for_every_form(form, monkeypatch):
         read()
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("num_experts", [8, 64, 100])
-def test_rows_made_together_are_those_made_one_by_one(num_experts):
+def test_rows_made_together_are_those_made_one_by_one(num_experts, native):
     layout = RowLayout(num_experts, 4)
-    experts = np.stack([np.random.default_rng(seed).permutation(num_experts)[:4] for seed in range(20)]).astype(np.int32)
-    native = np.arange(20) % 2 == 0
-    expected = [layout.forced_row(tuple(row), None, bool(keeps)) for row, keeps in zip(experts.tolist(), native, strict=True)]
-    assert [row.tobytes() for row in layout.forced_rows(experts, native)] == expected
+    orders = np.stack([np.random.default_rng(seed).permutation(num_experts) for seed in range(20)]).astype(np.int32)
+    expected = [layout.forced_row(tuple(row), None, native) for row in orders[:, :4].tolist()]
+    assert [row.tobytes() for row in layout.rows_of(orders[:, :4], native, chooses=False)] == expected
+    expected = [layout.mask_row(expert_bits(row), native) for row in orders[:, :7].tolist()]
+    assert [row.tobytes() for row in layout.rows_of(orders[:, :7], native, chooses=True)] == expected

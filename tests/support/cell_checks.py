@@ -82,8 +82,23 @@ def check_cases(llm: Any, cases: list[Case], oracle: Any = None) -> list[float]:
     return values
 
 
+def check_bans(llm: Any, shape: Any) -> None:
+    """Bans over all tokens of a layer, on top of bans of two layers."""
+    rng, layers = random.Random(8), shape.moe_layers[-2:]
+    prompt, target = random_prompt(rng, 40, VOCAB_SIZE), random_prompt(rng, 5, VOCAB_SIZE)
+    base = RoutePlan().disable(layers[0], "all", [0]).disable(layers[-1], "all", [0])
+    moves, plans = [], []
+    for at, layer in enumerate((*layers, *layers)):
+        left = [expert for expert in range(1, shape.num_experts) if expert != 1 + at]
+        moves.append([(layer, 0, len(prompt) + len(target) - 1, left)])
+        plans.append(RoutePlan.from_json(base.to_json()).disable(layer, "all", [1 + at]))
+    (found,) = ask(llm.llm_engine.engine_core, [Cells.of(prompt, target, base.to_string(), moves, chooses=True)])
+    assert found.values == pytest.approx(RouteScorer(llm).score(prompt, target, plans), abs=TOLERANCE)
+
+
 def check_cells(llm: Any, shape: Any, oracle: Any = None) -> None:
-    """Three prompts of mixed lengths, one under a base with soft directives, whose bases move on twice."""
+    """Three prompts of mixed lengths, one under a base with soft directives, whose bases move on twice; then bans."""
+    check_bans(llm, shape)
     rng = random.Random(7)
     bases = [RoutePlan().disable(shape.moe_layers[0], "all", [at]) for at in range(3)]
     bases[1].bias(shape.moe_layers[-1], "all", {0: 2.0, 5: -1.0}).demote(shape.moe_layers[0], "prompt", [4])

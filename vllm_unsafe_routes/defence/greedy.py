@@ -8,18 +8,23 @@ or down (coordinate steps: without gradients, which an engine does not have, MAS
 Most candidates gain little more in a later round than in an earlier one, so a round measures again only those whose last known
 gain is large enough to win (accelerated greedy, Minoux 1978; the gains are not exactly submodular, so this is a heuristic).
 
+Bans are scored as cells: a ban is a move over all tokens that leaves the layer's other experts. Steps of biases go as requests.
+
 This module imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
+from ..cells import Cells, CellScores, Move
 from ..plan import RoutePlan
 from ..search.backend import Backend, Note, Response, Search
 from ..search.scorer import joint, target_request, weakest
@@ -29,6 +34,7 @@ from .policies import Choice, additions
 
 # (layer, expert, step of its bias); 0: a ban
 Candidate = tuple[int, int, float]
+Floats = npt.NDArray[np.floating]
 
 # While each token of an answer has at least this probability, greedy decoding gives that answer.
 _KEPT_TOKEN = log(0.5)
@@ -137,15 +143,16 @@ class _Path:
         # Candidate -> the gain that was measured last; inf: not yet, -inf: over the budget.
         self.gains: dict[Candidate, float] = {}
         # Of the harmless answers without bans: log-probability, and least log-probability of a token that still counts as kept.
-        self.clean = self.must_keep = np.zeros(0)
+        self.clean: Floats = np.zeros(0)
+        self.must_keep: Floats = np.zeros(0)
 
     def start(self, pinned: Collection[tuple[int, int]]) -> Search[None]:
         """Measure what holds without any."""
-        first: list[Response] = yield [target_request(one.prompt, one.target) for one in self.examples]
-        answers = first[self.num_opened :]
-        self.clean = np.array([joint(response) for response in answers])
-        self.must_keep = np.minimum([weakest(response) for response in answers], _KEPT_TOKEN)
-        self.reached = self._value_of(first)[0]
+        found: list[CellScores] = yield [Cells.of(one.prompt, one.target, None, [[]]) for one in self.examples]
+        scores, least = _read(found)
+        self.clean = scores[self.num_opened :, 0]
+        self.must_keep = np.minimum(least[self.num_opened :, 0], _KEPT_TOKEN)
+        self.reached = self._values_of(scores, least)[0][0]
         kinds = (0.0, *(sign * step for step in self.settings.steps for sign in (1, -1)))
         self.gains = {
             (layer, expert, kind): np.inf
@@ -203,11 +210,25 @@ class _Path:
 
     def _measure(self, candidates: Sequence[Candidate]) -> Search[list[tuple[float, float]]]:
         """Value and share kept of the additions so far with each candidate."""
-        plans = [self._plan_with(candidate).to_string() for candidate in candidates]
-        requests = [target_request(one.prompt, one.target, plan) for plan in plans for one in self.examples]
-        responses: list[Response] = yield requests
+        bans, biases = additions(self.added)
         size = len(self.examples)
-        return [self._value_of(responses[at : at + size]) for at in range(0, len(responses), size)]
+        if biases or any(step for *_, step in candidates):
+            # A cell holds no bias.
+            plans = [self._plan_with(candidate).to_string() for candidate in candidates]
+            responses: list[Response] = yield [
+                target_request(one.prompt, one.target, plan) for plan in plans for one in self.examples
+            ]
+            scores, least = (np.array([read(one) for one in responses]).reshape(-1, size).T for read in (joint, weakest))
+            return self._values_of(scores, least)
+        # Moves of one question leave equally many experts.
+        order = sorted(range(len(candidates)), key=lambda at: len(bans.get(candidates[at][0], ())))
+        groups = itertools.groupby((candidates[at] for at in order), key=lambda one: len(bans.get(one[0], ())))
+        found: list[CellScores] = yield [
+            self._cells(one, bans, group) for _, same in groups for group in [list(same)] for one in self.examples
+        ]
+        parts = [_read(found[at : at + size]) for at in range(0, len(found), size)]
+        scores, least = (np.concatenate(part, axis=1)[:, np.argsort(order)] for part in zip(*parts, strict=True))
+        return self._values_of(scores, least)
 
     def _plan_with(self, candidate: Candidate) -> RoutePlan:
         layer, expert, step = candidate
@@ -219,13 +240,35 @@ class _Path:
             plan.bias(at, "all", values)
         return plan
 
-    def _value_of(self, responses: Sequence[Response]) -> tuple[float, float]:
-        """What a set of additions is worth, and the share of harmless answers that it keeps; a response for each example."""
-        scores = np.array([joint(response) for response in responses])
-        attack = -np.maximum(scores[: self.num_opened], self.settings.floor).mean()
-        answers = responses[self.num_opened :]
-        if not answers:
-            return float(attack), 1.0
-        cost = np.maximum(self.clean - scores[self.num_opened :] - _FREE_LOSS, 0.0).mean()
-        kept = ([weakest(response) for response in answers] >= self.must_keep).mean()
-        return float(attack - self.settings.utility_weight * cost), float(kept)
+    def _cells(self, example: Example, bans: Mapping[int, Collection[int]], candidates: Sequence[Candidate]) -> Cells:
+        """The question for an example's score under the bans so far with one ban more, for each candidate."""
+        plan, everything = RoutePlan(), range(self.shape.num_experts)
+        for layer, experts in sorted(bans.items()):
+            plan.disable(layer, "all", sorted(experts))
+        end = len(example.prompt) + len(example.target) - 1
+        moves: list[list[Move]] = []
+        for layer, expert, _ in candidates:
+            gone = {*bans.get(layer, ()), expert}
+            moves.append([(layer, 0, end, [one for one in everything if one not in gone])])
+        return Cells.of(example.prompt, example.target, plan.to_string() if bans else None, moves, chooses=True)
+
+    def _values_of(self, scores: Floats, least: Floats) -> list[tuple[float, float]]:
+        """What each set of additions is worth, and the share of harmless answers that it keeps.
+
+        Args:
+            scores: [examples, sets], log-probability of the target.
+            least: the same of its least probable token.
+
+        """
+        attack = -np.maximum(scores[: self.num_opened], self.settings.floor).mean(0)
+        if len(self.examples) == self.num_opened:
+            return [(value, 1.0) for value in attack.tolist()]
+        cost = np.maximum(self.clean[:, None] - scores[self.num_opened :] - _FREE_LOSS, 0.0).mean(0)
+        kept = (least[self.num_opened :] >= self.must_keep[:, None]).mean(0)
+        values: list[float] = (attack - self.settings.utility_weight * cost).tolist()
+        return list(zip(values, kept.tolist(), strict=True))
+
+
+def _read(found: Sequence[CellScores]) -> tuple[Floats, Floats]:
+    """[examples, candidates] each: log-probability of the target, and that of its least probable token, nats."""
+    return np.stack([one.values for one in found]), np.stack([one.log_probs[:, :, 0].min(axis=1) for one in found])

@@ -82,9 +82,10 @@ def score_cells(core: Any, admission: Any, items: list[dict[str, Any]]) -> dict[
         return {"error": "a policy is just being put in force; try again", "refused": True}
     try:
         for item in items:
-            cells = Cells.from_wire(item, admission.shape.top_k)
-            cells.check(admission.shape, admission.active.enforced)
-            admission.compiler.compile_text(item["plan"]).check_prompt(cells.prompt)
+            cells = Cells.from_wire(item)
+            plan = admission.compiler.compile_text(item["plan"])
+            plan.check_prompt(cells.prompt)
+            cells.check(admission.shape, admission.active.enforced, plan)
     except RouteError as error:
         return {"error": str(error), "refused": True}
     reserve = reserve_of(core.scheduler, admission.config.score_blocks)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..cells import CANDIDATE, END, LAYER, START, Cells
+from ..compiled import RowLayout
 from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..shape import ModelShape
@@ -42,7 +43,7 @@ class Candidates(NamedTuple):
         changes: int [num_candidates, 3], as `Changes`.
         move_start: int [num_candidates], where a candidate's moves begin.
         moves: int [num_moves, 4], as `Cells.moves`.
-        experts: int32 [num_moves, top_k].
+        rows: int32 [num_moves, ints], the row of the route table of each move.
 
     """
 
@@ -52,14 +53,14 @@ class Candidates(NamedTuple):
     changes: np.ndarray
     move_start: np.ndarray
     moves: np.ndarray
-    experts: np.ndarray
+    rows: np.ndarray
 
     @classmethod
-    def of(cls, items: Sequence[tuple[int, Base, Cells]], top_k: int) -> Candidates:
+    def of(cls, items: Sequence[tuple[int, Base, Cells]], layout: RowLayout) -> Candidates:
         """From the cells of each base; the integer is the number of its first candidate."""
         if not items:
             none = np.zeros(0, np.int64)
-            return cls([], none, none, np.zeros((0, 3), np.int64), none, np.zeros((0, 4), np.int64), np.zeros((0, top_k), np.int32))
+            return cls([], none, none, np.zeros((0, 3), np.int64), none, np.zeros((0, 4), np.int64), layout.table([]))
         moves = np.concatenate([cells.moves for _, _, cells in items]).astype(np.int64)
         counts = [len(cells.moves) for _, _, cells in items]
         of_item = np.repeat(np.arange(len(items)), counts)
@@ -71,8 +72,8 @@ class Candidates(NamedTuple):
         # All scored rows are computed again, wherever the change begins.
         first = np.minimum(np.minimum.reduceat(moves[:, START], start), last_prompt[of_item[start]])
         changes = np.stack([layer, first, np.maximum.reduceat(ends, start)], 1)
-        experts = np.concatenate([cells.experts for _, _, cells in items])
-        return cls([base for _, base, _ in items], of_item[start], number[start], changes, start, moves, experts)
+        rows = np.concatenate([layout.rows_of(cells.experts, base.routes.native, cells.chooses) for _, base, cells in items])
+        return cls([base for _, base, _ in items], of_item[start], number[start], changes, start, moves, rows)
 
     @property
     def first(self) -> np.ndarray:
@@ -179,7 +180,7 @@ class CellScorer:
         starts = np.cumsum(lens) - lens
         scores = torch.zeros((int(lens.sum()), max(cells.target.shape[1] for cells in items)), device=self.layers.device)
         moved = [(int(at), base, cells) for at, base, cells in zip(offsets, bases, items, strict=True) if len(cells.moves)]
-        candidates = Candidates.of(moved, self._shape.top_k)
+        candidates = Candidates.of(moved, self.compiler.layout)
         together = self._together(candidates, changes)
         work = dict.fromkeys(bases, 0.0)
         nobody = np.zeros(0, np.int64)
@@ -280,7 +281,7 @@ class CellScorer:
         chosen = ranges(candidates.move_start[some], counts)
         moves = candidates.moves[chosen].copy()
         moves[:, CANDIDATE] = np.repeat(num_moving + np.arange(len(some)), counts)
-        values = self.runner.run(self._memory, sequences, moves, candidates.experts[chosen])
+        values = self.runner.run(self._memory, sequences, moves, candidates.rows[chosen])
         for one, cost in zip((bases[at] for at in base), sequences.work(self.layers.num_layers), strict=True):
             work[one] += cost
         for one in moving:

@@ -71,7 +71,7 @@ def _score(
         controller.shared.stage(NO_STEP)
     controllers[handle] = scorer.runner
     try:
-        return scorer.score(reserve, generation, [Cells.from_wire(item, controller.shape.top_k) for item in items])
+        return scorer.score(reserve, generation, [Cells.from_wire(item) for item in items])
     finally:
         controllers[handle] = controller
         controller.state.active = held

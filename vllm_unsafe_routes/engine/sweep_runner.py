@@ -50,14 +50,14 @@ class SweepRunner:
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states)
         self._bindings[slot].direct(routing, self._sweep.rows_of(slot, len(router_logits)), self._rows)
 
-    def run(self, memory: Memory, sequences: Sequences, moves: np.ndarray, experts: np.ndarray) -> torch.Tensor:
+    def run(self, memory: Memory, sequences: Sequences, moves: np.ndarray, move_rows: np.ndarray) -> torch.Tensor:
         """Run a sweep.
 
         Args:
             memory: of the bases.
             sequences: what is computed.
             moves: int64 [num_moves, 4], as `Cells.moves`, with the sequence in the place of the candidate.
-            experts: int32 [num_moves, top_k].
+            move_rows: int32 [num_moves, ints], what each puts into the route table.
 
         Returns:
             float32 [num_rows, width], the log-probabilities asked for, one sequence's rows after the other; the largest width.
@@ -78,8 +78,7 @@ class SweepRunner:
             columns = ranges(starts[sequence] + moves[:, START] - sequences.first[sequence], spans)
             # Of two moves at one cell the later is written last.
             routes[np.repeat(slot, spans), columns] = np.repeat(offsets[-1] + np.arange(len(moves)), spans)
-        native = np.array([one.routes.native for one in bases])[base]
-        self._rows = self._table([one.routes.contents for one in bases], experts, native[moves[:, CANDIDATE]])
+        self._rows = self._table([*(one.routes.contents for one in bases), move_rows])
         self._sweep = Sweep(self._layers, memory, sequences, upload(routes, torch.int32, device))
         try:
             hidden = self._sweep.run()
@@ -96,11 +95,10 @@ class SweepRunner:
         # A rank that does not gather the logits has none, and is not asked for scores.
         return torch.zeros(wanted.shape, device=device) if found is None else found
 
-    def _table(self, contents: Sequence[np.ndarray], experts: np.ndarray, native: np.ndarray) -> RouteRows:
+    def _table(self, contents: Sequence[np.ndarray]) -> RouteRows:
         """The route table of a sweep: the bases' rows, then one row a move."""
-        mine = self._layout.forced_rows(experts, native)
         # A table without a row would have nothing to read.
-        table = widen([*contents, mine, np.zeros((1, mine.shape[1]), np.int32)])
+        table = widen([*contents, np.zeros((1, contents[-1].shape[1]), np.int32)])
         parts = [upload(part, torch.from_numpy(part).dtype, self._layers.device) for part in self._layout.columns(table)]
         if len(parts) == len(RouteRows._fields):
             *hard, steered, score_bias = parts
