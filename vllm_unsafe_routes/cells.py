@@ -87,6 +87,11 @@ class Cells:
         """int32 [num_tokens], what the model reads: the prompt and all of the target but its last token."""
         return np.concatenate([self.prompt, self.target[:-1, 0]])
 
+    @property
+    def num_tokens(self) -> int:
+        """Of `token_ids`."""
+        return len(self.prompt) + len(self.target) - 1
+
     def to_wire(self) -> dict[str, Any]:
         """Plain values and bytes."""
         arrays = {name: getattr(self, name).astype("<i4").tobytes() for name in ("prompt", "target", "moves", "experts")}
@@ -124,7 +129,7 @@ class Cells:
             for (_, layer, first, last), experts in zip(
                 self.moves[start:end].tolist(), map(tuple, self.experts[start:end].tolist()), strict=True
             ):
-                if (first, last) == (0, len(self.token_ids)):
+                if (first, last) == (0, self.num_tokens):
                     masks[layer] = experts
                 else:
                     cells.update(((layer, position), experts) for position in range(first, last))
@@ -159,7 +164,7 @@ class Cells:
         self._refuse(np.diff(moves[:, CANDIDATE], prepend=0) < 0, "moves must stand in the order of candidates")
         self._refuse(~np.isin(moves[:, LAYER], shape.moe_layers), f"MoE layers are {shape.describe_layers()}")
         inside = (moves[:, START] >= 0) & (moves[:, START] < moves[:, END]) & (moves[:, END] <= len(self.prompt))
-        everywhere = (moves[:, START] == 0) & (moves[:, END] == len(self.token_ids))
+        everywhere = (moves[:, START] == 0) & (moves[:, END] == self.num_tokens)
         self._refuse(~(inside | everywhere), f"the prompt has {len(self.prompt)} tokens")
         self._refuse(((experts < 0) | (experts >= shape.num_experts)).any(1), f"there are {shape.num_experts} experts")
         self._refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), "an expert is repeated")
@@ -169,6 +174,8 @@ class Cells:
         self._refuse((chosen & banned[moves[:, LAYER]]).any(1), "an expert is disabled by the engine's policy")
         self._refuse((protected[moves[:, LAYER]] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
         if self.chooses:
+            if policy is not None and any(entry.bias for entry in policy.layers.values()):
+                raise RouteError("moves whose tokens choose among experts know no policy's bias")
             self._refuse((chosen & _disabled(plan, shape)[moves[:, LAYER]]).any(1), "an expert is disabled by the base plan")
 
     def _refuse(self, bad: Any, why: str) -> None:

@@ -207,6 +207,11 @@ class CompiledPlan:
             return position
         return self.num_listed if position < prompt_len else self.num_listed + 1
 
+    def columns(self, num_tokens: int, prompt_len: int) -> npt.NDArray[np.int64]:
+        """int64 [num_tokens], `column` of each position."""
+        positions, listed = np.arange(num_tokens), self.num_listed
+        return np.where(positions < listed, positions, listed + (positions >= prompt_len))
+
     def num_routes(self, start: int, end: int, prompt_len: int) -> int:
         """How many (layer, token) routes the plan sets for positions `start` to `end` (exclusive)."""
         listed = self.num_listed

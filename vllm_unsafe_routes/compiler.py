@@ -209,17 +209,15 @@ class PlanCompiler:
                     if position not in cells:
                         cells[position] = (prompt if position < end_of_prompt else generated).copy()
                     cells[position].add(item, _place(layer, position))
-            columns: list[tuple[int, object, Gathered]] = [
-                (num_listed, "prompt", prompt),
-                (num_listed + 1, "generated", generated),
+            end = min(end_of_prompt, num_listed)
+            columns: list[tuple[list[int], object, Gathered]] = [
+                ([*range(end), num_listed], "prompt", prompt),
+                ([*range(end, num_listed), num_listed + 1], "generated", generated),
             ]
-            columns += [(position, position, cell) for position, cell in cells.items()]
-            for column, where, cell in columns:
+            columns += [([position], position, cell) for position, cell in cells.items()]
+            for where_set, where, cell in columns:
                 content = self._rules[slot].row(_place(layer, where), cell, native)
-                if content is not None:
-                    block[slot, column] = row_of.setdefault(content, len(row_of))
-            untouched = np.setdiff1d(np.arange(num_listed), list(cells))
-            block[slot, untouched] = block[slot, num_listed + (untouched >= end_of_prompt)]
+                block[slot, where_set] = NO_ROW if content is None else row_of.setdefault(content, len(row_of))
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 

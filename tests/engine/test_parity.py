@@ -10,7 +10,6 @@ from oracle import Oracle
 from tiny_models import VOCAB_SIZE
 
 from vllm_unsafe_routes import ModelShape, RoutePolicy, receipt_of
-from vllm_unsafe_routes.engine.cell_blocks import CellsUnavailable
 from vllm_unsafe_routes.engine.swap import swap_policy
 
 TOLERANCE = 1e-4
@@ -33,10 +32,6 @@ FAMILIES = [
 ON_BOTH_RUNNERS = ("olmoe", "qwen3_moe", "deepseek_v3")
 
 
-# Families whose cells cannot be scored yet, and why.
-WITHOUT_CELLS = {"gpt_oss": "groups of KV caches"}
-
-
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[] if name in ON_BOTH_RUNNERS else [pytest.mark.v2_only]) for name in FAMILIES]
 )
@@ -49,11 +44,7 @@ def test_logprobs_equal_transformers(family, tiny_model):
     plans = [None if at % 6 == 0 else random_plan(rng, shape, len(prompt)) for at, prompt in enumerate(prompts)]
     with engine(folder, {"allow_overrides": True}, **SETTINGS.get(family, {})) as llm:
         outputs = generate(llm, prompts, [plan and plan.extra_args() for plan in plans], prompt_logprobs=0)
-        if family in WITHOUT_CELLS:
-            with pytest.raises(CellsUnavailable, match=WITHOUT_CELLS[family]):
-                check_cells(llm, shape)
-        else:
-            check_cells(llm, shape, oracle)
+        check_cells(llm, shape, oracle)
         check_biases(llm, oracle, shape, prompts[:4], plans[:4])
 
     oracle.policy = RoutePolicy({})

@@ -138,8 +138,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             num_local_experts=8,
             num_experts_per_tok=2,
             head_dim=64,
-            sliding_window=128,
-            layer_types=["full_attention"] * 3,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..cells import Cells
 from ..compiled import NO_ROW
 from ..compiler import PlanCompiler
 
-Key = tuple[bytes, str, str | None]
+Key = tuple[bytes, int, bytes, str | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +43,7 @@ class BaseRoutes:
         policy_row = np.full(len(policy), NO_ROW, np.int32)
         policy_row[[slot for slot, content in enumerate(policy) if content is not None]] = np.arange(len(held))
         prompt_len = len(cells.prompt)
-        columns = [plan.column(position, prompt_len) for position in range(prompt_len + len(cells.target) - 1)]
-        block = plan.block[:, columns]
+        block = plan.block[:, plan.columns(cells.num_tokens, prompt_len)]
         rows = np.where(block == NO_ROW, policy_row[:, None], block + len(held)).astype(np.int32)
         return cls(compiler.layout.table([*held, *plan.rows]), rows, plan.native)
 
@@ -64,9 +63,13 @@ class BaseRoutes:
 
 
 def widen(tables: Sequence[np.ndarray]) -> np.ndarray:
-    """Tables of rows as one, int32 [all rows, ints of the longest]."""
-    ints = max(table.shape[1] for table in tables)
-    return np.concatenate([np.pad(table, ((0, 0), (0, ints - table.shape[1]))) for table in tables])
+    """Tables of rows as one, int32 [all rows, ints of the longest], zeros behind shorter ones."""
+    found = np.zeros((sum(map(len, tables)), max(table.shape[1] for table in tables)), np.int32)
+    at = 0
+    for table in tables:
+        found[at : at + len(table), : table.shape[1]] = table
+        at += len(table)
+    return found
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +81,7 @@ class Base:
         blocks: int64 [num_blocks], its KV blocks as indices into the reserve.
         routes: its plan.
         log_probs: float32 [num_rows, width], of the target, on the device; None until it is computed.
+        token_ids: int32 [num_tokens], what the model reads.
 
     """
 
@@ -85,11 +89,15 @@ class Base:
     blocks: np.ndarray
     routes: BaseRoutes
     log_probs: torch.Tensor | None = None
+    token_ids: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.cells.token_ids
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the model reads."""
-        return len(self.cells.prompt) + len(self.cells.target) - 1
+        return len(self.token_ids)
 
 
 class Bases:
@@ -117,7 +125,7 @@ class Bases:
         """The same prompt and target under another plan, and what that plan was; it is the base of `cells` from now on."""
         wanted = _key(cells)
         for key, base in reversed(self._held.items()):
-            if key[:2] == wanted[:2] and base not in used and base.log_probs is not None:
+            if key[:3] == wanted[:3] and base not in used and base.log_probs is not None:
                 before, base.routes = base.routes, routes
                 self._held[wanted] = self._held.pop(key)
                 return base, before
@@ -125,7 +133,7 @@ class Bases:
 
     def add(self, cells: Cells, routes: BaseRoutes, used: Collection[Base]) -> Base | None:
         """Room for a new base; None: the ones in use leave too little."""
-        needed = -(-(len(cells.prompt) + len(cells.target) - 1) // self._block_size)
+        needed = -(-cells.num_tokens // self._block_size)
         for key, base in list(self._held.items()):
             if len(self._free) >= needed:
                 break
@@ -138,4 +146,4 @@ class Bases:
 
 
 def _key(cells: Cells) -> Key:
-    return cells.prompt.tobytes(), repr(cells.target.tolist()), cells.plan
+    return cells.prompt.tobytes(), cells.target.shape[1], cells.target.tobytes(), cells.plan

@@ -126,7 +126,7 @@ def ask(client: Any, items: Sequence[Cells]) -> list[CellScores]:
     return [
         CellScores(
             np.frombuffer(values, "<f4").reshape(item.num_candidates, *item.target.shape),
-            item.num_candidates * len(item.token_ids),
+            item.num_candidates * item.num_tokens,
             work,
         )
         for item, values, work in zip(items, said["scores"], said["work"], strict=True)

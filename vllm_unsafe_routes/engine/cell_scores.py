@@ -144,7 +144,9 @@ class CellScorer:
     def _take(self, reserve: np.ndarray) -> None:
         layers, size = self.layers, self.layers.block_size
         per_block = size * layers.num_layers * sum(value[0].nbytes for value in layers.empty_stream(1).values())
-        num_blocks = max(1, min(int(_BASES_SHARE * len(reserve)), _STREAM_BYTES // per_block))
+        # What is one block here is one in every group of KV caches.
+        reserve = reserve[: len(reserve) // layers.num_groups * layers.num_groups].reshape(layers.num_groups, -1)
+        num_blocks = max(1, min(int(_BASES_SHARE * reserve.shape[1]), _STREAM_BYTES // per_block))
         self._bases = Bases(num_blocks, size)
         self._first_own = num_blocks + 1
         self._memory = Memory(reserve, layers.empty_stream(layers.num_layers, num_blocks * size))
@@ -184,14 +186,16 @@ class CellScorer:
         together = self._together(candidates, changes)
         work = dict.fromkeys(bases, 0.0)
         nobody = np.zeros(0, np.int64)
-        for alone in self._pieces([base for base in changes if base not in together]):
+        for alone in _pieces([base for base in changes if base not in together], self._limits):
             self._run(candidates, nobody, {base: changes[base] for base in alone}, work)
         for some, moving in self._chunks(candidates, together):
             values = self._run(candidates, some, moving, work)
             where = upload(ranges(starts[candidates.number[some]], lens[candidates.number[some]]), torch.int64, scores.device)
             scores[where, : values.shape[1]] = values
         # A candidate without a move has its base's.
-        unmoved = np.setdiff1d(np.arange(counts.sum()), candidates.number)
+        same = np.ones(counts.sum(), bool)
+        same[candidates.number] = False
+        unmoved = np.flatnonzero(same)
         of_item = np.repeat(np.arange(len(bases)), counts)[unmoved]
         for at in np.unique(of_item).tolist():
             base, same = bases[at], unmoved[of_item == at]
@@ -222,17 +226,6 @@ class CellScorer:
         tokens = sum(base.num_tokens - first for base, (_, first, _) in found.items())
         return found if len(found) < self._limits[0] and tokens < self._limits[1] else {}
 
-    def _pieces(self, bases: list[Base]) -> Iterator[list[Base]]:
-        """Bases by as many as a sweep takes."""
-        some: list[Base] = []
-        for base in bases:
-            if some and (len(some) >= self._limits[0] or sum(one.num_tokens for one in (*some, base)) > self._limits[1]):
-                yield some
-                some = []
-            some.append(base)
-        if some:
-            yield some
-
     def _chunks(self, candidates: Candidates, together: Changes) -> Iterator[tuple[np.ndarray, Changes]]:
         """Numbers of candidates that fit one sweep together, and the bases that move in it: all in the first.
 
@@ -243,7 +236,7 @@ class CellScorer:
         order = np.lexsort((candidates.first, candidates.changes[:, 0]))
         tokens = np.cumsum((num_tokens - candidates.first)[order])
         blocks = np.cumsum((-(-num_tokens // size) - candidates.first // size)[order])
-        room = len(self._memory.reserve) - self._first_own
+        room = self._memory.reserve.shape[1] - self._first_own
         at, moving = 0, together
         while at < len(order):
             taken = sum(base.num_tokens - first for base, (_, first, _) in moving.items())
@@ -254,7 +247,7 @@ class CellScorer:
                 int(np.searchsorted(blocks, before[1] + room, "right")),
             )
             if end <= at and not moving:
-                raise RouteError(f"the {len(self._memory.reserve)} KV blocks for cells do not hold one candidate")
+                raise RouteError(f"the {self._memory.reserve.size} KV blocks for cells do not hold one candidate")
             yield order[at:end], moving
             at, moving = max(at, end), {}
 
@@ -287,3 +280,15 @@ class CellScorer:
         for one in moving:
             one.log_probs, values = values[: len(one.cells.target), : one.cells.target.shape[1]], values[len(one.cells.target) :]
         return values
+
+
+def _pieces(bases: list[Base], limits: tuple[int, int]) -> Iterator[list[Base]]:
+    """Bases by as many as a sweep takes."""
+    some: list[Base] = []
+    for base in bases:
+        if some and (len(some) >= limits[0] or sum(one.num_tokens for one in (*some, base)) > limits[1]):
+            yield some
+            some = []
+        some.append(base)
+    if some:
+        yield some

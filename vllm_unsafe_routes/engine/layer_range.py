@@ -20,6 +20,7 @@ from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
 from ..errors import RouteError
@@ -51,9 +52,9 @@ class Queries(NamedTuple):
     Attributes:
         lens: int [num_seqs], tokens of each sequence, short ones first.
         seq_lens: int [num_seqs], tokens that each can see, its own included.
-        block_table: int32 [num_seqs, width], KV blocks of each.
+        block_table: int64 [KV cache groups, num_seqs, width], KV blocks of each.
         positions: int64 [num_tokens].
-        slots: int64 [num_tokens], where in the KV cache each token's K and V go.
+        slots: int64 [KV cache groups, num_tokens], where in the KV cache each token's K and V go.
         scored: bool [num_tokens], tokens whose output is wanted behind the last layer.
 
     """
@@ -86,6 +87,7 @@ class LayerRange:
     Attributes:
         model: the loaded model.
         num_layers: its decoder layers.
+        num_groups: of KV caches; layers of different groups may have one memory, so each has blocks of its own.
         block_size: tokens of a KV block.
         keys: names of the tensors that make up the residual stream.
         wanted: int64, tokens of the batch in hand whose output is wanted behind the last layer; None: all.
@@ -109,16 +111,20 @@ class LayerRange:
         empty = self.model.make_empty_intermediate_tensors(1, vllm_config.model_config.dtype, self.device)
         self._widths = {key: tuple(value.shape[1:]) for key, value in empty.items()}
         self.keys = tuple(self._widths)
-        (group,) = runner.kv_cache_config.kv_cache_groups
-        self.block_size = int(group.kv_cache_spec.block_size)
+        groups = runner.kv_cache_config.kv_cache_groups
+        self.num_groups, self.block_size = len(groups), int(groups[0].kv_cache_spec.block_size)
         layers = vllm_config.compilation_config.static_forward_context
-        # KV cache of each attention layer, with the number of its decoder layer.
-        self._caches = [(extract_layer_index(name), layers[name].kv_cache) for name in group.layer_names]
+        # KV cache of each attention layer, with its group and the number of its decoder layer.
+        self._caches = [
+            (number, extract_layer_index(name), layers[name].kv_cache)
+            for number, group in enumerate(groups)
+            for name in group.layer_names
+        ]
         self.wanted: torch.Tensor | None = None
         for module in self.model.modules():
             if isinstance(module, MoERunner) and int(module.layer_id) == self.num_layers - 1:
                 _skip_unwanted(module, self)
-        self._decode_only = any(item.backend.get_name() in _DECODE_ONLY for item in runner.attn_groups[0])
+        self._decode_only = any(item.backend.get_name() in _DECODE_ONLY for items in runner.attn_groups for item in items)
 
     def empty_stream(self, *sizes: int) -> dict[str, torch.Tensor]:
         """Room for the residual stream of tokens: each tensor is [*sizes, width]."""
@@ -130,24 +136,24 @@ class LayerRange:
         return -(-num_tokens // _TABLE_TOKENS) * max(1, _TABLE_TOKENS // self.block_size)
 
     def copy_blocks(self, source: np.ndarray, target: np.ndarray, first_layer: int) -> None:
-        """Copy KV blocks, of all layers from `first_layer` on."""
-        if len(source):
+        """Copy KV blocks, int64 [KV cache groups, num_blocks], of all layers from `first_layer` on."""
+        if source.size:
             from_ids, to_ids = (upload(ids, torch.int64, self.device) for ids in (source, target))
-            for layer, cache in self._caches:
+            for group, layer, cache in self._caches:
                 if layer >= first_layer:
-                    cache[to_ids] = cache[from_ids]
+                    cache[to_ids[group]] = cache[from_ids[group]]
 
     def batch(self, queries: Queries) -> Batch:
         """Put a batch on the device and make its attention metadata."""
         if self._decode_only:
             sequence = np.repeat(np.arange(len(queries.lens)), queries.lens)
             one = np.ones_like(sequence)
-            queries = queries._replace(lens=one, seq_lens=queries.positions + 1, block_table=queries.block_table[sequence])
+            queries = queries._replace(lens=one, seq_lens=queries.positions + 1, block_table=queries.block_table.take(sequence, 1))
         num_seqs, num_tokens = len(queries.lens), len(queries.positions)
         starts = np.zeros(num_seqs + 1, np.int32)
         np.cumsum(queries.lens, out=starts[1:])
         positions = upload(queries.positions, torch.int64, self.device)
-        slots = upload(queries.slots, torch.int64, self.device)[None]
+        slots = upload(queries.slots, torch.int64, self.device)
         metadata = build_attn_metadata(
             attn_groups=self._runner.attn_groups,
             num_reqs=num_seqs,
@@ -157,7 +163,7 @@ class LayerRange:
             max_query_len=int(queries.lens.max()),
             seq_lens=upload(queries.seq_lens, torch.int32, self.device),
             max_seq_len=int(queries.seq_lens.max()),
-            block_tables=[upload(queries.block_table, torch.int32, self.device)],
+            block_tables=[upload(table, torch.int32, self.device) for table in queries.block_table],
             slot_mappings=slots,
             kv_cache_config=self._runner.kv_cache_config,
             seq_lens_cpu_upper_bound=torch.from_numpy(queries.seq_lens.astype(np.int32)),
@@ -252,7 +258,8 @@ def _check(runner: Any, vllm_config: Any) -> None:
         (vllm_config.aux_output_config.enable_return_routed_experts, "vLLM's own capture of routes"),
         (model.uses_mrope, "multi-dimensional rotary positions"),
         (model.is_encoder_decoder or model.is_multimodal_model, "more than a decoder of text"),
-        (len(groups) != 1, f"{len(groups)} groups of KV caches"),
+        (len({group.kv_cache_spec.block_size for group in groups}) > 1, "KV blocks of several sizes"),
+        (any(isinstance(group.kv_cache_spec, MambaSpec) for group in groups), "state that is no KV cache"),
         (any(item.kernel_block_size is not None for items in runner.attn_groups for item in items), "split KV blocks"),
     )
     for holds, what in reasons:

@@ -33,7 +33,7 @@ class Memory(NamedTuple):
     """What sweeps read and write beside the model.
 
     Attributes:
-        reserve: int64 [num_blocks], vLLM's ids of the KV blocks.
+        reserve: int64 [KV cache groups, num_blocks], vLLM's ids of the KV blocks: each has its own in every group.
         streams: the residual streams of all bases: name -> [num_layers, tokens of the bases' blocks, width]; layer a's input is
             entry a - 1, what is behind the last layer the last entry of the first name.
 
@@ -136,7 +136,7 @@ class Sweep:
         self.starts = np.cumsum(self._lens) - self._lens
         self._sequence = np.repeat(np.arange(len(self._lens)), self._lens)
         self._positions = ranges(sequences.first, self._lens)
-        self._ids = np.concatenate([base.cells.token_ids for base in sequences.bases])
+        self._ids = np.concatenate([base.token_ids for base in sequences.bases])
         offsets = np.cumsum([0, *(base.num_tokens for base in sequences.bases)])[:-1]
         self._ids = self._ids[offsets[sequences.base][self._sequence] + self._positions]
         self._routes = routes
@@ -152,7 +152,7 @@ class Sweep:
         shared = (own.first % self._size > 0) & (own.layer < num_layers - 1) & ~own.moves_base
         if shared.any():
             at = shared.nonzero()[0], own.first[shared] // self._size
-            source, target = self._memory.reserve[own.base_blocks[at]], self._memory.reserve[own.own_blocks[at]]
+            source, target = (self._memory.reserve.take(blocks[at], 1) for blocks in (own.base_blocks, own.own_blocks))
             self._layers.copy_blocks(source, target, int(own.layer[shared].min()) + 1)
         bounds = {*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers}
         if own.moves_base.any():
@@ -213,8 +213,10 @@ class Sweep:
         table = np.where(whole[order, None], own.own_blocks[order], own.base_blocks[order])
         block = np.where(whole[sequence], own.own_blocks[sequence, positions // size], WASTE_BLOCK)
         reserve = self._memory.reserve
-        slots = reserve[block] * size + positions % size
-        queries = Queries(lens, own.first[order] + lens, reserve[table], positions, slots, positions >= self._scored_from[sequence])
+        # `take` leaves every group's part contiguous, as the kernels want it.
+        slots = reserve.take(block, 1) * size + positions % size
+        scored = positions >= self._scored_from[sequence]
+        queries = Queries(lens, own.first[order] + lens, reserve.take(table, 1), positions, slots, scored)
         where = upload(rows, torch.int64, device)
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.

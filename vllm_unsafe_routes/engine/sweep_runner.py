@@ -88,9 +88,8 @@ class SweepRunner:
         counts = np.array([len(target) for target in targets])[base]
         last_prompt = np.array([len(one.cells.prompt) - 1 for one in bases])[base]
         rows = upload(ranges(starts + last_prompt - sequences.first, counts), torch.int64, device)
-        width = max(target.shape[1] for target in targets)
-        padded = [np.pad(target, ((0, 0), (0, width - target.shape[1]))) for target in targets]
-        wanted = upload(np.concatenate([padded[at] for at in base.tolist()]), torch.int64, device)
+        of_base = np.cumsum([0, *map(len, targets)])[base]
+        wanted = upload(widen(targets)[ranges(of_base, counts)], torch.int64, device)
         found = self._scoring.of_rows(self._layers.model, hidden, rows, wanted)
         # A rank that does not gather the logits has none, and is not asked for scores.
         return torch.zeros(wanted.shape, device=device) if found is None else found
