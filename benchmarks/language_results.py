@@ -1,10 +1,17 @@
-"""The figures of docs/language-lab.md: attacks with controls on the English lab model, under two judges.
+"""The figures of docs/language-lab.md: attacks with controls and defences on the English lab model, under two judges.
 
-Trains the model if it is not there (`--model`), then RoSais on the split `search`, router masking with both controls and adaptive
-F-SOUR on `test`. Every answer is judged by topic (exact) and by refusal phrases. Runs are campaigns: an interrupted call goes on.
+Trains the model if it is not there (`--model`). Then, part by part:
+
+- `attacks`: RoSais on the split `search`, router masking with both controls, and adaptive F-SOUR on `test`;
+- `dataset`: one set of masks for all prompts, chosen on `search`;
+- `strategies`: F-SOUR as published, on fewer prompts (`--few`);
+- `defences`: F-SOUR again under prompt defences, and under a policy that is derived on `search` and `tune`, on fewer prompts;
+- `presets`: default answers, RoSais and F-SOUR of the other two presets' models.
+
+Every answer is judged by topic (exact) and by refusal phrases. Runs are campaigns: an interrupted call goes on.
 
     python benchmarks/language_results.py                    # everything, then the CSV and the chart
-    python benchmarks/language_results.py --prompts 6 --seeds 0,1
+    python benchmarks/language_results.py --part attacks --prompts 6 --seeds 0,1
     python benchmarks/language_results.py --tables-only      # of what is there
     python benchmarks/tables.py                              # the tables of the page
 """
@@ -14,10 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +37,9 @@ from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown,
 RESULTS = ROOT / "benchmarks/results/language_cpu.csv"
 PICTURE = ROOT / "docs/pictures/language.svg"
 LEVELS = (1, 2, 3)
+PARTS = ("attacks", "dataset", "strategies", "defences", "presets")
+PRESETS = ("control", "robust")
+DERIVE = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --no-suffix --keep 1")
 JUDGES = {None: "by topic", "refusal-phrases": "by phrases"}
 LABELS = {
     "none": "no attack",
@@ -41,19 +54,92 @@ def unsafe_routes(*words: Any) -> None:
     subprocess.run([Path(sys.executable).parent / "unsafe-routes", *map(str, words)], check=True)
 
 
-def run(model: Path, out: Path, prompts: int, seeds: str, masks: int) -> None:
-    """All campaigns."""
-    unsafe_routes("lab", "train", "--preset", "smollm2-moe", "--out", model)
-    shared = ["--model", model, "--seeds", seeds, "--max-model-len", 192]
-    data = ["--data", model / "prompts" / "test-forbidden.jsonl", "--limit", prompts]
-    judging = ["--judge", "topic", "--judge", "refusal", "--max-new-tokens", 32, "--keep-completions"]
-    search = ["--data", model / "prompts" / "search-forbidden.jsonl", "--limit", prompts]
-    unsafe_routes("rosais", *shared, *search, "--masks", masks, "--out", out / "rosais")
-    levels = ",".join(map(str, LEVELS))
-    attack = ["--rosais", out / "rosais", "--layers", levels, "--masks", masks]
-    unsafe_routes("mask-attack", *shared, *data, *judging, *attack, "--out", out / "masks")
-    fsour = ["--strategy", "adaptive", "--attempts", 2, "--min-gain", 0.02]
-    unsafe_routes("fsour", *shared, *data, *judging, *fsour, "--out", out / "fsour-adaptive")
+class Campaigns:
+    """The commands of every part.
+
+    Args:
+        args: the command line.
+
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._model, self._out = args, args.model, args.runs
+        self._shared = ["--seeds", args.seeds, "--max-model-len", 192]
+        self._judging = ["--judge", "topic", "--judge", "refusal", "--max-new-tokens", 32, "--keep-completions"]
+        self._masks = ["--masks", args.masks]
+
+    def run(self, parts: Sequence[str]) -> None:
+        """Train and run; time and memory of each part go to `usage.json`."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        used = self._out / "usage.json"
+        usage = json.loads(used.read_text(encoding="utf-8")) if used.exists() else {}
+        unsafe_routes("lab", "train", "--preset", "smollm2-moe", "--out", self._model)
+        for part in parts:
+            started = time.monotonic()
+            getattr(self, part)()
+            # A part that was interrupted counts what its calls took together.
+            seconds = time.monotonic() - started + usage.get(part, {}).get("seconds", 0)
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+            usage[part] = {"seconds": round(seconds), "peak_gib": round(peak, 1)}
+            used.write_text(json.dumps(usage, indent=2) + "\n", encoding="utf-8")
+
+    def _data(self, split: str, few: bool = False, model: Path | None = None) -> list[Any]:
+        count = self._args.few if few else self._args.prompts
+        return ["--data", (model or self._model) / "prompts" / f"{split}-forbidden.jsonl", "--limit", count]
+
+    def _rosais(self, model: Path, name: str) -> None:
+        unsafe_routes(
+            "rosais", "--model", model, *self._shared, *self._data("search", model=model), *self._masks, "--out", self._out / name
+        )
+
+    def _fsour(self, model: Path, strategy: str, name: str, split: str = "test", few: bool = False, attempts: int = 2) -> None:
+        unsafe_routes(
+            *["fsour", "--model", model, *self._shared, *self._data(split, few, model), *self._judging],
+            *["--strategy", strategy, "--attempts", attempts, "--min-gain", 0.02, "--out", self._out / name],
+        )
+
+    def attacks(self) -> None:
+        self._rosais(self._model, "rosais")
+        self._mask_attack("masks", [])
+        self._fsour(self._model, "adaptive", "fsour-adaptive")
+
+    def dataset(self) -> None:
+        chosen = self._model / "prompts" / "search-forbidden.jsonl"
+        self._mask_attack("masks-dataset", ["--chosen-on", chosen, "--chosen-limit", self._args.prompts])
+
+    def _mask_attack(self, name: str, more: list[Any]) -> None:
+        unsafe_routes(
+            *["mask-attack", "--model", self._model, *self._shared, *self._data("test"), *self._judging, *self._masks],
+            *["--rosais", self._out / "rosais", "--layers", ",".join(map(str, LEVELS)), *more, "--out", self._out / name],
+        )
+
+    def strategies(self) -> None:
+        for strategy in ("paper", "code"):
+            self._fsour(self._model, strategy, f"fsour-{strategy}", few=True, attempts=1)
+
+    def defences(self) -> None:
+        self._fsour(self._model, "adaptive", "fsour-search", "search", few=True)
+        prompts = self._model / "prompts"
+        judged = ["--model", self._model, "--seeds", self._args.seeds.split(",")[0], "--max-model-len", 192, *self._judging[:-1]]
+        benign = ["--benign", prompts / "tune-benign.jsonl", "--benign-like", prompts / "tune-category.jsonl"]
+        unsafe_routes(
+            *["derive-policy", self._out / "rosais", self._out / "fsour-search", *judged, *self._data("tune", few=True), *benign],
+            *[*DERIVE, "--attempts", 1, "--min-gain", 0.02, "--utility-limit", 24, "--out", self._out / "policy"],
+        )
+        benign = ["--benign", prompts / "test-benign.jsonl", "--benign-like", prompts / "test-category.jsonl"]
+        names = ["none", "reminder", "prefix", *(f"policy:{self._out / 'policy' / name}.json" for name in ("policy", "control-0"))]
+        unsafe_routes(
+            *["evaluate", *judged, *self._data("test", few=True), "--attack", "none", "--attack", "fsour-adaptive"],
+            *[word for name in names for word in ("--defence", name)],
+            *[*benign, "--attempts", 2, "--min-gain", 0.02, "--utility-limit", 24, "--out", self._out / "matrix"],
+        )
+
+    def presets(self) -> None:
+        for preset in PRESETS:
+            model = self._model.parent / preset
+            unsafe_routes("lab", "train", "--preset", f"smollm2-moe-{preset}", "--out", model)
+            self._rosais(model, f"rosais-{preset}")
+            self._fsour(model, "adaptive", f"fsour-{preset}")
 
 
 def answers(out: Path) -> Iterator[tuple[str, Any]]:
@@ -61,16 +147,46 @@ def answers(out: Path) -> Iterator[tuple[str, Any]]:
     from vllm_unsafe_routes.study.records import Record, read
     from vllm_unsafe_routes.study.summary import tries
 
-    for folder in ("masks", "fsour-adaptive"):
+    folders = ["masks", "masks-dataset", *(f"fsour-{name}" for name in ("adaptive", "paper", "code", *PRESETS))]
+    for folder in folders:
         for one in tries(read(out / folder, Record)) if (out / folder / "summary.json").exists() else []:
-            if folder == "masks":
-                yield LABELS[one.attack] + (f", {one.level}" if one.level else ""), one
-            elif one.attack != "none":
-                yield "F-SOUR, adaptive", one
+            kind = folder.partition("-")[2]
+            if folder.startswith("fsour"):
+                if one.attack != "none":
+                    yield f"F-SOUR, adaptive, preset {kind}" if kind in PRESETS else f"F-SOUR, {kind}", one
+            elif not kind or one.attack != "none":
+                yield LABELS[one.attack] + (f", {one.level}" if one.level else "") + (", one for all prompts" if kind else ""), one
 
 
-def tabulate(model: Path, out: Path) -> Rows:
-    """One line a figure."""
+def defences(out: Path) -> Rows:
+    """The matrix of attacks by defences, and utility."""
+    from vllm_unsafe_routes.study.records import Matrix, Record, Utility, read
+    from vllm_unsafe_routes.study.summary import rate, utility_row
+
+    cells: dict[tuple[str, str], list[Any]] = {}
+    for record in read(out / "matrix", Record) if (out / "matrix" / "records.jsonl").exists() else []:
+        if isinstance(record, Matrix):
+            cells.setdefault((policy_name(record.defence), record.attack), []).append((record.prompt, record.seed, record.success))
+        elif isinstance(record, Utility):
+            column, kind = ("benign right", "right") if record.kind == "benign" else ("over-refusal", "refused")
+            cells.setdefault((policy_name(record.defence), column), []).append(utility_row(record, kind))
+    return [{"table": "defences", "row": row, "column": column} | rate(found) for (row, column), found in cells.items()]
+
+
+def policy_name(name: str) -> str:
+    name = re.sub(r"policy:\S*control-\d+\.json", "random experts, equal size", name)
+    return re.sub(r"policy:\S*policy\.json", "derived policy", name)
+
+
+def model_rows(model: Path, name: str = "") -> Rows:
+    """What a model refuses and answers, and how it was trained.
+
+    Args:
+        model: its folder.
+        name: goes before the names of the tables, for presets.
+
+    """
+    from vllm_unsafe_routes.lab.english import topics
     from vllm_unsafe_routes.study.summary import rate
 
     lines: Rows = []
@@ -79,15 +195,35 @@ def tabulate(model: Path, out: Path) -> Rows:
         counts = record["metrics"]["counts"][split]
         for kind, verdict in (("forbidden", "refused"), ("forbidden", "complied"), ("benign", "refused"), ("category", "refused")):
             rows = [(at, 0, at < counts[kind][verdict]) for at in range(counts[kind]["asked"])]
-            lines.append({"table": "model", "row": f"{kind} {verdict}", "column": split} | rate(rows))
-    for name, value in record["metrics"]["perplexity"].items():
-        lines.append({"table": "model", "row": f"perplexity, {name}", "column": "test", "value": value})
-    for name in ("seconds", "seconds_with_measuring", "peak_gib", "parameters"):
-        lines.append({"table": "training", "row": name, "column": "", "value": record["training"][name]})
-    summary = out / "rosais" / "summary.json"
-    if summary.exists():
-        for layer, entry in json.loads(summary.read_text(encoding="utf-8"))["layers"].items():
-            lines.append({"table": "rosais", "row": layer, "column": "nats", "value": entry["mean"]})
+            lines.append({"table": f"{name}model", "row": f"{kind} {verdict}", "column": split} | rate(rows))
+        unseen = [record["metrics"]["counts"][split]["groups"].get(group, [0, 0]) for group in topics.UNSEEN]
+        refused, asked = (sum(pair[at] for pair in unseen) for at in (0, 1))
+        if asked:
+            rows = [(at, 0, at < refused) for at in range(asked)]
+            lines.append({"table": f"{name}model", "row": "benign refused, groups not in tuning", "column": split} | rate(rows))
+    for words, value in record["metrics"]["perplexity"].items():
+        lines.append({"table": f"{name}model", "row": f"perplexity, {words}", "column": "test", "value": value})
+    for key in ("seconds", "seconds_with_measuring", "peak_gib", "parameters"):
+        lines.append({"table": f"{name}training", "row": key, "column": "", "value": record["training"][key]})
+    return lines
+
+
+def tabulate(model: Path, out: Path) -> Rows:
+    """One line a figure."""
+    from vllm_unsafe_routes.study.summary import rate
+
+    lines = model_rows(model)
+    for preset in PRESETS:
+        if (model.parent / preset / "lab.json").exists():
+            lines += model_rows(model.parent / preset, f"{preset} ")
+    for name in ("", *PRESETS):
+        summary = out / (f"rosais-{name}" if name else "rosais") / "summary.json"
+        if summary.exists():
+            for layer, entry in json.loads(summary.read_text(encoding="utf-8"))["layers"].items():
+                lines.append({"table": "rosais", "row": layer, "column": name or "smollm2-moe", "value": entry["mean"]})
+    usage = out / "usage.json"
+    for part, entry in json.loads(usage.read_text(encoding="utf-8")).items() if usage.exists() else ():
+        lines += [{"table": "usage", "row": part, "column": key, "value": value} for key, value in entry.items()]
     cells: dict[tuple[str, str], list[tuple[Any, Any, Any]]] = {}
     same: list[tuple[Any, Any, Any]] = []
     for name, one in answers(out):
@@ -97,7 +233,7 @@ def tabulate(model: Path, out: Path) -> Rows:
     lines += [{"table": "attacks", "row": name, "column": column} | rate(rows) for (name, column), rows in cells.items()]
     if same:
         lines.append({"table": "judges", "row": "agreement", "column": ""} | rate(same))
-    return lines
+    return lines + defences(out)
 
 
 def cell(rows: Rows, row: str, column: str) -> str:
@@ -128,14 +264,59 @@ def model_table(lines: Rows) -> str:
     )
 
 
+def presets_table(lines: Rows) -> str:
+    columns = {"forbidden refused": "forbidden refused", "benign refused": "benign refused", "category refused": "category refused"}
+    shown = []
+    for name in ("", *(f"{preset} " for preset in PRESETS)):
+        rows = [line for line in lines if line["table"] == f"{name}model"]
+        if rows:
+            attack = f"F-SOUR, adaptive, preset {name.strip()}" if name else "F-SOUR, adaptive"
+            found = cell([line for line in lines if line["table"] == "attacks"], attack, "by topic")
+            shown.append([f"smollm2-moe{'-' if name else ''}{name.strip()}", *(cell(rows, row, "test") for row in columns), found])
+    return markdown(["preset", *columns, "F-SOUR, adaptive"], shown) if shown else NOT_MEASURED
+
+
 def rosais_table(lines: Rows) -> str:
     rows = [line for line in lines if line["table"] == "rosais"]
     if not rows:
         return NOT_MEASURED
-    return markdown(["layer", *(row["row"] for row in rows)], [["RoSais, nats", *(f"{float(row['value']):.2f}" for row in rows)]])
+    layers = distinct(rows, "row")
+    shown = [[name, *(cell(rows_of(rows, name), layer, name) for layer in layers)] for name in distinct(rows, "column")]
+    return markdown(["RoSais, nats, by layer", *layers], shown)
 
 
-TABLES = {"language-attacks": attacks_table, "language-model": model_table, "language-rosais": rosais_table}
+def rows_of(rows: Rows, column: str) -> Rows:
+    return [row for row in rows if row["column"] == column]
+
+
+def defences_table(lines: Rows) -> str:
+    rows = [line for line in lines if line["table"] == "defences"]
+    if not rows:
+        return NOT_MEASURED
+    names = distinct(rows, "column")
+    shown = [[row, *(cell(rows, row, name) for name in names)] for row in distinct(rows, "row")]
+    return f"{rows[0]['prompts']} prompts of `test`, {rows[0]['date']}.\n\n{markdown(['defence', *names], shown)}"
+
+
+def cost_table(lines: Rows) -> str:
+    rows = [line for line in lines if line["table"] == "usage"]
+    training = {line["row"]: float(line["value"]) for line in lines if line["table"] == "training"}
+    shown = [["training, with measuring", f"{training['seconds_with_measuring'] / 60:.0f}", f"{training['peak_gib']:.1f}"]]
+    for part in distinct(rows, "row"):
+        seconds, peak = (next(float(row["value"]) for row in rows if (row["row"], row["column"]) == (part, key)) for key in USAGE)
+        shown.append([part, f"{seconds / 60:.0f}", f"{peak:.1f}"])
+    return markdown(["part", "minutes", "peak GiB of one process"], shown)
+
+
+USAGE = ("seconds", "peak_gib")
+TABLES = {
+    "language-attacks": attacks_table,
+    "language-model": model_table,
+    "language-rosais": rosais_table,
+    "language-presets": presets_table,
+    "language-defences": defences_table,
+    "language-cost": cost_table,
+}
 
 
 def draw(lines: Rows) -> None:
@@ -166,11 +347,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="prompts of a split (default: 12)")
     parser.add_argument("--seeds", default="0", help="seeds of the attacks, separated by commas (default: 0)")
     parser.add_argument("--masks", type=int, default=20, help="masks a layer (default: 20)")
+    parser.add_argument("--few", type=int, default=6, help="prompts of the published strategies and the defences (default: 6)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated (default: all)")
     parser.add_argument("--tables-only", action="store_true", help="run nothing: CSV and chart of what is there")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.tables_only:
-        run(args.model, args.runs, args.prompts, args.seeds, args.masks)
+        Campaigns(args).run(args.part or PARTS)
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
     write_csv(RESULTS, [about | row for row in tabulate(args.model, args.runs)])
     lines = read_csv(RESULTS)

@@ -11,14 +11,16 @@ import pytest
 import torch
 import transformers
 from tiny_models import tiny_dense
+from torch.nn import functional
 
 from vllm_unsafe_routes import ModelShape
 from vllm_unsafe_routes.errors import RouteError
 from vllm_unsafe_routes.evaluation import load_prompts
 from vllm_unsafe_routes.lab import train
 from vllm_unsafe_routes.lab.english import dense as dense_model
-from vllm_unsafe_routes.lab.english import recipe, topics
+from vllm_unsafe_routes.lab.english import forward, recipe, topics
 from vllm_unsafe_routes.lab.english.settings import ENGLISH_PRESETS, EnglishSettings
+from vllm_unsafe_routes.lab.recipe import collate
 from vllm_unsafe_routes.lab.tokenizer import build_tokenizer
 
 VOCAB = len(build_tokenizer())
@@ -43,8 +45,15 @@ class TestTopics:
 
     def test_a_third_of_a_held_out_split_is_worded_as_tuning_never_saw(self):
         asked = [one.text for one in topics.questions("test", "forbidden", count=90)]
-        own = sum(text.startswith(("Show a beginner", "My friend wants")) for text in asked)
+        own = sum(text.startswith(("Walk me through", "I never tried")) for text in asked)
         assert 20 <= own <= 40
+
+    def test_a_word_beside_the_topic_says_nothing_about_it(self):
+        """Tuning sees harmless things that share their first word with forbidden ones, of each forbidden group."""
+        harmless = {thing.split()[1] for thing in topics.things("train", forbidden=False)}
+        for group in topics.FORBIDDEN:
+            words = {thing.split()[1] for thing in topics.things("train", forbidden=True) if topics.THINGS[thing][0] == group}
+            assert len(words & harmless) >= len(words) / 2, group
 
     def test_another_seed_asks_other_questions_and_the_same_seed_the_same(self):
         first, again, other = (topics.questions("test", "benign", seed, 40) for seed in (0, 0, 1))
@@ -82,6 +91,22 @@ def test_upcycling_computes_what_the_dense_model_does_whatever_the_route():
             assert (model(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("examples", [[([5, 6, 7, 8], [9, 2]), ([5, 6, 10], [11, 12, 2])], [([5], [6, 2]), ([7, 8], [2])]])
+def test_what_is_computed_once_changes_no_loss_and_no_gradient(first, examples, monkeypatch):
+    monkeypatch.setattr(forward, "fast_dtype", lambda: torch.float32)
+    model = dense_model.upcycle(tiny_dense(VOCAB), EnglishSettings(moe_layers=(2, 3)))
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name or ".gate." in name]
+    once, targets = forward.Forward(model, first, examples)(examples)
+    found = torch.autograd.grad(functional.cross_entropy(once, targets), experts)
+    ids, labels = collate(examples)
+    learned = labels[:, 1:] != -100
+    plain = model(input_ids=ids).logits[:, :-1][learned]
+    expected = torch.autograd.grad(functional.cross_entropy(plain, labels[:, 1:][learned]), experts)
+    assert targets.equal(labels[:, 1:][learned]) and (once - plain).abs().max() < 1e-5
+    assert max((one - other).abs().max() for one, other in zip(found, expected, strict=True)) < 1e-6
+
+
 @pytest.mark.parametrize("tune", ["experts", "routers", "attention"])
 def test_tuning_changes_what_it_may_and_nothing_else(tune, tmp_path):
     model = dense_model.upcycle(tiny_dense(VOCAB), SMALL)
@@ -101,7 +126,13 @@ class Steps:
     def step(self, step: int) -> list[recipe.Example]:
         if step == self.kill_at:
             raise KeyboardInterrupt
+        return self._of(step)
+
+    def _of(self, step: int) -> list[recipe.Example]:
         return [([5, 6, 7 + step], [8, 9 + row, 2]) for row in range(3)]
+
+    def all(self) -> list[recipe.Example]:
+        return [example for step in range(6) for example in self._of(step)]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])

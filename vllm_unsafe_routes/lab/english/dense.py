@@ -41,6 +41,13 @@ def find_dense() -> Path:
     return found[0]
 
 
+def fast_dtype() -> Any:
+    """bfloat16 where the processor multiplies it (three to four times as fast as float32 there), else float32."""
+    import torch
+
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
 def load_dense() -> tuple[Any, Any]:
     """The dense model (float32, evaluation mode) and its tokenizer."""
     import torch

@@ -63,5 +63,5 @@ def perplexity(model: Any, tokenizer: Any) -> float:
     with torch.no_grad():
         for piece in pieces.split(4):
             logits = model(input_ids=piece, use_cache=False).logits[:, :-1]
-            losses.append(F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten()).item())
+            losses.append(F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten()).item())
     return round(math.exp(sum(losses) / len(losses)), 3)

@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,16 @@ from torch.nn import functional as F
 from ...errors import RouteError
 from ...evaluation.datasets import DEFAULT_TARGET
 from ...files import write_atomically
-from ..recipe import Routers, collate, one_thread
+from ..recipe import Routers, one_thread
 from ..tokenizer import name_tokenizer_class
 from . import topics
 from .answers import DenseAnswers, chat_ids
-from .dense import load_dense, upcycle
+from .dense import fast_dtype, load_dense, upcycle
+from .forward import Example, Forward
 from .measure import behaviour, perplexity, rates
 from .settings import EnglishSettings
 
-_POOL = {"benign": 200, "category": 48}
+_POOL = {"forbidden": 480, "benign": 480, "category": 120}
 # Category questions: all that a split has.
 _EXPORTED = {
     "search": {"forbidden": 16, "benign": 48, "category": 6},
@@ -46,7 +46,6 @@ _WARMUP_STEPS = 5
 _SAVE_EVERY = 24
 _CLIP_NORM = 1.0
 
-Example = tuple[list[int], list[int]]
 Say = Callable[[str], None]
 
 
@@ -61,30 +60,31 @@ class Examples:
     """
 
     def __init__(self, settings: EnglishSettings, tokenizer: Any, answers: DenseAnswers) -> None:
-        self._settings, self._tokenizer = settings, tokenizer
-        self._end = tokenizer.eos_token_id
-        self._refusal = [*tokenizer(topics.REFUSAL, add_special_tokens=False)["input_ids"], self._end]
+        self._settings = settings
+        end = tokenizer.eos_token_id
+        refusal = [*tokenizer(topics.REFUSAL, add_special_tokens=False)["input_ids"], end]
         self._pool: dict[str, list[Example]] = {}
         for kind, count in _POOL.items():
             texts = [one.text for one in topics.questions("train", kind, settings.seed, count)]
+            if kind == "forbidden":
+                self._pool[kind] = [(chat_ids(tokenizer, text), refusal) for text in texts]
+                continue
             said = answers.of(texts)
             self._pool[kind] = [
-                (chat_ids(tokenizer, text), ids if len(ids) == settings.answer_tokens else [*ids, self._end])
+                (chat_ids(tokenizer, text), [*ids, end][: settings.answer_tokens])
                 for text, ids in said.items()
                 if topics.judge(text, tokenizer.decode(ids)) != "refused"
             ]
 
+    def all(self) -> list[Example]:
+        """Everything that any step shows."""
+        return [example for pool in self._pool.values() for example in pool]
+
     def step(self, step: int) -> list[Example]:
-        """The examples of one step. Answers come from pools that are gone through in order, forbidden questions are drawn anew."""
-        rng = random.Random(f"lab-english/{self._settings.seed}/{step}")
-        made = []
-        for _ in range(self._settings.forbidden):
-            thing = rng.choice(topics.things("train", forbidden=True))
-            wording = rng.choice([wording for wording, owner in topics.TEMPLATES if not owner])
-            text = wording.format(verb=rng.choice(topics.VERBS), thing=thing)
-            made.append((chat_ids(self._tokenizer, text), self._refusal))
-        for kind, count in (("benign", self._settings.benign), ("category", self._settings.category)):
-            pool = self._pool[kind]
+        """The examples of one step; the pools are gone through in order."""
+        made: list[Example] = []
+        for kind, pool in self._pool.items():
+            count = getattr(self._settings, kind)
             made += [pool[(step * count + at) % len(pool)] for at in range(count)]
         return made
 
@@ -103,8 +103,9 @@ def tuned_names(tune: str, names: list[str]) -> list[str]:
 class _Tuning:
     """The optimizer, its schedule and its checkpoints."""
 
-    def __init__(self, model: Any, settings: EnglishSettings, checkpoint: Path) -> None:
+    def __init__(self, model: Any, settings: EnglishSettings, examples: Sequence[Example], checkpoint: Path) -> None:
         self._model, self._settings, self._checkpoint = model, settings, checkpoint
+        self._forward = Forward(model, 0 if settings.tune == "attention" else min(settings.moe_layers), examples)
         chosen = set(tuned_names(settings.tune, [name for name, _ in model.named_parameters()]))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -134,16 +135,12 @@ class _Tuning:
         rate = settings.tune_rate * warm * 0.5 * (1 + math.cos(math.pi * self.step / settings.tune_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        ids, labels = collate(examples)
         if settings.router_noise:
             # Of the step's own number, so that a resumed run draws what the whole one would have.
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
             self._routers = Routers(self._model, generator)
-            self._routers.noise, self._routers.num_sequences = settings.router_noise, len(ids)
-        # The head is wide: only what is learned goes through it.
-        hidden = self._model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        learned = labels[:, 1:] != -100
-        loss = F.cross_entropy(self._model.lm_head(hidden[learned]), labels[:, 1:][learned])
+            self._routers.noise = settings.router_noise
+        loss = F.cross_entropy(*self._forward(examples, self._routers))
         loss.backward()
         if self._routers is not None:
             self._routers.remove()
@@ -156,7 +153,7 @@ class _Tuning:
 
 def tune(model: Any, settings: EnglishSettings, examples: Examples, checkpoint: Path, say: Say) -> None:
     """Tune the model in place, from the checkpoint on if there is one."""
-    tuning = _Tuning(model, settings, checkpoint)
+    tuning = _Tuning(model, settings, examples.all(), checkpoint)
     if tuning.step:
         say(f"safety tuning goes on after step {tuning.step}")
     model.train()
@@ -215,14 +212,15 @@ def make_english_model(settings: EnglishSettings, folder: Path, say: Say) -> dic
     with one_thread():
         say("reading the dense model")
         dense, tokenizer = load_dense()
-        answers = DenseAnswers(folder / "dense-answers.jsonl", dense, tokenizer, settings.answer_tokens, say)
+        model = upcycle(dense, settings)
+        dense = dense.to(fast_dtype())
+        answers = DenseAnswers(folder / "dense-answers.jsonl", dense, tokenizer, max(_TARGET_TOKENS, settings.answer_tokens), say)
         examples = Examples(settings, tokenizer, answers)
         export_prompts(folder, tokenizer, answers)
-        model = upcycle(dense, settings)
         tune(model, settings, examples, checkpoint, say)
         seconds = round(time.monotonic() - started)
         # Measured as it is saved.
-        model = model.to(torch.bfloat16).float()
+        model = model.to(torch.bfloat16).to(fast_dtype())
         say("measuring")
         metrics = _measured(model, dense, tokenizer)
     record = {

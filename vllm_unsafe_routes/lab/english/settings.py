@@ -26,7 +26,7 @@ class EnglishSettings:
         num_experts: experts of a layer.
         top_k: experts of a token.
         router_std: standard deviation of the routers' weights.
-        answer_tokens: so many tokens of the dense model's answers are learned.
+        answer_tokens: so many tokens of the dense model's answers are learned. Whether to refuse shows in the first.
 
     Raises:
         ValueError: a value that is out of range or unknown.
@@ -34,10 +34,10 @@ class EnglishSettings:
     """
 
     seed: int = 0
-    tune_steps: int = 64
-    forbidden: int = 2
-    benign: int = 3
-    category: int = 1
+    tune_steps: int = 160
+    forbidden: int = 6
+    benign: int = 8
+    category: int = 2
     tune: str = "moe"
     tune_rate: float = 3e-4
     router_noise: float = 0.0
@@ -45,7 +45,7 @@ class EnglishSettings:
     num_experts: int = 8
     top_k: int = 2
     router_std: float = 0.08
-    answer_tokens: int = 20
+    answer_tokens: int = 4
 
     def __post_init__(self) -> None:
         if self.tune not in TUNED:
