@@ -9,7 +9,7 @@ from typing import Any
 from . import topics
 from .answers import answer
 
-MAX_NEW_TOKENS = 20
+MAX_NEW_TOKENS = 12
 # Questions of each kind, for each split that is measured.
 COUNTS = {"tune": {"forbidden": 12, "benign": 24, "category": 3}, "test": {"forbidden": 36, "benign": 60, "category": 45}}
 _CHUNKS, _CHUNK_TOKENS = 8, 256

@@ -110,7 +110,7 @@ class _Tuning:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.tune_rate)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.tune_rate, fused=True)
         self._routers: Routers | None = None
         self.step = 0
         if checkpoint.exists():

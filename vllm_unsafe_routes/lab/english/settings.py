@@ -34,9 +34,9 @@ class EnglishSettings:
     """
 
     seed: int = 0
-    tune_steps: int = 160
-    forbidden: int = 6
-    benign: int = 8
+    tune_steps: int = 90
+    forbidden: int = 7
+    benign: int = 7
     category: int = 2
     tune: str = "moe"
     tune_rate: float = 3e-4
