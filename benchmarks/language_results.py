@@ -328,6 +328,8 @@ def draw(lines: Rows) -> None:
     from matplotlib import pyplot as plt
 
     rows = [line for line in lines if line["table"] == "attacks" and line.get("column") == "by topic"]
+    if not rows:
+        return
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 0.8))
     for at, row in enumerate(rows):
         value, low, high = (float(row[name]) for name in ("value", "low", "high"))
