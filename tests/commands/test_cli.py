@@ -93,11 +93,12 @@ def test_a_plan_that_fits(inspect, model, form):
 
 
 def test_a_plan_is_checked_under_the_policy(inspect, model):
-    policy = RoutePolicy({2: LayerPolicy(disabled=frozenset({7}), protected=frozenset({1}))})
+    policy = RoutePolicy({2: LayerPolicy({7}, {1}, {3: 0.5, 4: -0.5})})
     policy.save(model / "policy.json")
     plan = write(model / "plan.json", RoutePlan().force(2, [5], [1, 7]).to_json())
     status, out, _ = inspect("--json", "--policy", model / "policy.json")
     assert (status, json.loads(out)["policy"]) == (0, policy.digest)
+    assert json.loads(out)["policy_says"] == "1 disabled, 1 protected, 2 biased in 1 layers, weights masked"
     assert inspect("--plan", plan)[0] == 0
     status, out, err = inspect("--plan", plan, "--policy", model / "policy.json")
     assert (status, out) == (1, "")

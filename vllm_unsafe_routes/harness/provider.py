@@ -6,7 +6,7 @@ NAME is the server's name of the model. The provider is Inspect's own for OpenAI
 
 - `plan`: a file of a route-plan/1, for every request (the server needs `--enable-route-overrides`). A sample may bring its own in
   `GenerateConfig(extra_body={"vllm_xargs": {"route_plan": ...}})`, which wins.
-- `policy`: a file of the route-policy/1 that the server must enforce. It is the server's; here it is checked: an answer whose
+- `policy`: a policy file that the server must enforce. It is the server's; here it is checked: an answer whose
   receipt names another policy, or none, or that was only observed, ends the sample with an error.
 - The receipt stands in each model output's `metadata["unsafe_routes"]`, so in the log of every sample. An answer to a plan that
   has no receipt is an error.
