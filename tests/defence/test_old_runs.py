@@ -140,6 +140,7 @@ MATRIX = {**SHARED, "data": "lab:test", "out": Path("matrix")}
         (lambda: GreedyTrials(harmless=0), "harmless must be at least 1, got 0"),
         (lambda: MatrixStudy(**MATRIX, attacks=("luck",)), "attack 'luck' is not one of none, random-masks"),
         (lambda: MatrixStudy(**MATRIX, attacks=("suffix-transfer",)), "suffix-transfer needs the attack suffix"),
+        (lambda: MatrixStudy(**MATRIX, attacks=("suffix-transfer", "suffix")), "suffix-transfer needs the attack suffix before it"),
         (lambda: MatrixStudy(**MATRIX, attacks=("file",)), "the attack file needs --attack-file"),
         (lambda: MatrixStudy(**MATRIX, attacks=("rosais",)), "the masking attacks need --rosais"),
         (lambda: MatrixStudy(**{**MATRIX, "engine": EngineSettings(servers=("http://x",))}), "it cannot run on servers"),

@@ -117,9 +117,10 @@ class MatrixStudy(Setup):
         for name in self.attacks:
             if name not in ATTACKS:
                 raise RouteError(f"attack {name!r} is not one of {', '.join(ATTACKS)}")
-        if "suffix-transfer" in self.attacks and ("suffix" not in self.attacks or self.defences[0].name != "none"):
+        before = self.attacks[: self.attacks.index("suffix-transfer")] if "suffix-transfer" in self.attacks else ("suffix",)
+        if "suffix" not in before or ("suffix-transfer" in self.attacks and self.defences[0].name != "none"):
             raise RouteError(
-                "suffix-transfer needs the attack suffix and 'none' as the first defence: that is where suffixes are found"
+                "suffix-transfer needs the attack suffix before it and 'none' as the first defence: that is where suffixes are found"
             )
         if "file" in self.attacks and not self.attack_file:
             raise RouteError("the attack file needs --attack-file")
