@@ -117,11 +117,12 @@ class MatrixStudy(Setup):
         for name in self.attacks:
             if name not in ATTACKS:
                 raise RouteError(f"attack {name!r} is not one of {', '.join(ATTACKS)}")
-        before = self.attacks[: self.attacks.index("suffix-transfer")] if "suffix-transfer" in self.attacks else ("suffix",)
-        if "suffix" not in before or ("suffix-transfer" in self.attacks and self.defences[0].name != "none"):
-            raise RouteError(
-                "suffix-transfer needs the attack suffix before it and 'none' as the first defence: that is where suffixes are found"
-            )
+        if "suffix-transfer" in self.attacks:
+            before = self.attacks[: self.attacks.index("suffix-transfer")]
+            if "suffix" not in before or self.defences[0].name != "none":
+                raise RouteError(
+                    "suffix-transfer needs the attack suffix before it and 'none' as the first defence: there suffixes are found"
+                )
         if "file" in self.attacks and not self.attack_file:
             raise RouteError("the attack file needs --attack-file")
         if self.rosais is None and not set(self.attacks).isdisjoint(MASK_ATTACKS):
