@@ -31,9 +31,9 @@ from .summary import fsour_summary, mask_summary, rosais_summary, scored_run
 from .workspace import Workspace
 
 
-def _without(settings: Any, *names: str) -> dict[str, Any]:
+def _without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Search settings for the campaign's file, but for what stands there under another name."""
-    return {name: value for name, value in asdict(settings).items() if name not in names}
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def run_rosais(study: RosaisStudy, backend: Backend | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def run_rosais(study: RosaisStudy, backend: Backend | None = None) -> dict[str, 
     def job(bench: Bench, search: RosaisSettings, item: Item) -> Job:
         return (search.seed, item.prompt.id), lambda _: rosais_record(bench, item, search, draws_for)
 
-    with workspace.campaign("rosais", _without(study.search, "seed") | {"draws_for": draws_for}) as campaign:
+    with workspace.campaign("rosais", _without(asdict(study.search), "seed") | {"draws_for": draws_for}) as campaign:
         if not all(campaign.done(key) for key in keys):
             with workspace.bench() as bench:
                 jobs = [job(bench, search, item) for search in searches for item in workspace.items]
@@ -65,15 +65,14 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
     chosen_on = read_prompts(study.chosen_on, study.chosen_limit, columns=study.columns) if study.chosen_on else []
     # Other prompts may have the same ids.
     search_items = workspace.render([replace(record, id=f"chosen-on:{record.id}") for record in chosen_on])
-    own = _without(search, "seed", "num_layers", "weights") | {
+    own = _without(search.written(), "seed", "num_layers") | {
         "chosen_on": prompts_digest(chosen_on) if chosen_on else None,
         "levels": levels,
         "attacks": list(study.attacks),
         "ranking": ranking,
         "max_new_tokens": study.judging.max_new_tokens,
     }
-    # Runs before there were other weights and controls name neither.
-    own |= {"weights": search.weights} if search.weights != "masked" else {}
+    # Runs from before there were controls do not name them.
     own |= {"controls": study.controls} if study.controls else {}
 
     def of_dataset(bench: Bench, attack: str, seed: int, level: int) -> Job:
@@ -133,7 +132,7 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
     num_first = study.library_prompts if search.strategy == "adaptive" else 0
     first, rest = workspace.items[:num_first], workspace.items[num_first:]
     label, attack = f"F-SOUR ({search.strategy})", f"fsour-{search.strategy}"
-    own = _without(search, "seed") | {"library_prompts": num_first}
+    own = _without(asdict(search), "seed") | {"library_prompts": num_first}
     if not study.search_answered:
         own["plain_answer_first"] = True
     if study.controls:
