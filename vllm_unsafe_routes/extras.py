@@ -6,6 +6,8 @@
 | `route_delta` | flat list of integers | more forces: layer, position, top_k experts; and so on |
 | `return_routes` | true or false | the receipt holds the routes used |
 | `routes_start` | integer | beside `return_routes`: first position whose routes come back; those before it are known already |
+| `return_router_logits` | true, or a list of decoder layers | the receipt holds the logits of all experts there |
+| `router_logits_start`, `router_logits_end` | integers | beside it: first position whose logits come back, and one past the last |
 | `score_tokens` | flat list of integers | first row, width, `width` token ids for every row: the receipt holds their log-probs |
 | `usage_label` | string | the request's tokens count under this name in the expert usage as well; changes nothing else |
 
@@ -32,9 +34,21 @@ from .wire import PLAN_KEY, RETURN_ROUTES_KEY
 DELTA_KEY = "route_delta"
 SCORE_KEY = "score_tokens"
 ROUTES_START_KEY = "routes_start"
+LOGITS_KEY = "return_router_logits"
+LOGITS_START_KEY = "router_logits_start"
+LOGITS_END_KEY = "router_logits_end"
 USAGE_LABEL_KEY = "usage_label"
 # Those of `RouteExtras`, and all.
-ROUTE_KEYS = (PLAN_KEY, DELTA_KEY, RETURN_ROUTES_KEY, ROUTES_START_KEY, SCORE_KEY)
+ROUTE_KEYS = (
+    PLAN_KEY,
+    DELTA_KEY,
+    RETURN_ROUTES_KEY,
+    ROUTES_START_KEY,
+    LOGITS_KEY,
+    LOGITS_START_KEY,
+    LOGITS_END_KEY,
+    SCORE_KEY,
+)
 KEYS = (*ROUTE_KEYS, USAGE_LABEL_KEY)
 _TRUE, _FALSE = (True, 1, "true", "True", "1"), (False, 0, None, "false", "False", "0")
 
@@ -79,6 +93,57 @@ class ScoreSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitsSpec:
+    """Which router logits a request asks for.
+
+    Attributes:
+        layers: decoder layer indices, ascending; empty: all MoE layers.
+        start: first position whose logits come back.
+        end: one past the last; None: to the request's end.
+
+    """
+
+    layers: tuple[int, ...] = ()
+    start: int = 0
+    end: int | None = None
+
+    @classmethod
+    def parse(cls, extra_args: Mapping[str, Any]) -> LogitsSpec | None:
+        """Read a request's extra args; None: it asks for none. Raises `RouteError` for a wrong value."""
+        asked = extra_args.get(LOGITS_KEY)
+        start = _integer(extra_args.get(LOGITS_START_KEY) or 0, LOGITS_START_KEY)
+        end = extra_args.get(LOGITS_END_KEY)
+        if not isinstance(asked, list | tuple) and asked in _FALSE:
+            for key, value in ((LOGITS_START_KEY, start or None), (LOGITS_END_KEY, end)):
+                if value is not None:
+                    raise RouteError(f"{key} needs {LOGITS_KEY}")
+            return None
+        if end is not None and (end := _integer(end, LOGITS_END_KEY)) <= start:
+            raise RouteError(f"{LOGITS_END_KEY} {end} must be greater than {LOGITS_START_KEY} {start}")
+        if not isinstance(asked, list | tuple):
+            if asked not in _TRUE:
+                raise RouteError(f"{LOGITS_KEY} must be true, false or a list of layers, got {str(asked)[:80]!r}")
+            return cls((), start, end)
+        layers = _flat_integers(asked, LOGITS_KEY)
+        if not layers or len(set(layers)) < len(layers):
+            raise RouteError(f"{LOGITS_KEY} must list layers, each once, got {layers[:8]}")
+        return cls(tuple(sorted(layers)), start, end)
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The form that travels."""
+        args: dict[str, Any] = {LOGITS_KEY: list(self.layers) or True}
+        if self.start:
+            args[LOGITS_START_KEY] = self.start
+        if self.end is not None:
+            args[LOGITS_END_KEY] = self.end
+        return args
+
+    def within(self, start: int, end: int) -> range:
+        """Those of the positions `start` to `end` (exclusive) that are asked for."""
+        return range(max(start, self.start), end if self.end is None else min(end, self.end))
+
+
+@dataclass(frozen=True, slots=True)
 class RouteExtras:
     """Our part of a request.
 
@@ -88,6 +153,7 @@ class RouteExtras:
         wants_routes: whether the routes used must come back.
         score: what to score, or None.
         routes_start: first position whose routes must come back.
+        logits: which router logits must come back, or None.
 
     """
 
@@ -96,6 +162,7 @@ class RouteExtras:
     wants_routes: bool = False
     score: ScoreSpec | None = None
     routes_start: int = 0
+    logits: LogitsSpec | None = None
 
     @property
     def has_plan(self) -> bool:
@@ -117,6 +184,8 @@ class RouteExtras:
             args[RETURN_ROUTES_KEY] = True
         if self.routes_start:
             args[ROUTES_START_KEY] = self.routes_start
+        if self.logits is not None:
+            args |= self.logits.to_extra_args()
         if self.score is not None:
             args[SCORE_KEY] = self.score.to_flat()
         return args
@@ -142,9 +211,10 @@ class RouteExtras:
         start = _integer(extra_args.get(ROUTES_START_KEY) or 0, ROUTES_START_KEY)
         if start and wants_routes not in _TRUE:
             raise RouteError(f"{ROUTES_START_KEY} needs {RETURN_ROUTES_KEY}")
-        if plan is None and not delta and not score and wants_routes not in _TRUE:
+        logits = LogitsSpec.parse(extra_args)
+        if plan is None and not delta and not score and wants_routes not in _TRUE and logits is None:
             return None
-        return cls(plan, delta, wants_routes in _TRUE, ScoreSpec.from_flat(score) if score else None, start)
+        return cls(plan, delta, wants_routes in _TRUE, ScoreSpec.from_flat(score) if score else None, start, logits)
 
 
 def _flat_integers(values: Any, key: str) -> list[int]:

@@ -24,6 +24,36 @@ RECEIPT_KEY = "unsafe_routes"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RouterLogits:
+    """What the model's routers computed, before noise, policy or plan.
+
+    Attributes:
+        values: float32 [num_tokens, num_layers, num_experts]; NaN where a token was not computed.
+        layers: decoder layer indices of the second axis, ascending.
+        start: position of the first row.
+
+    """
+
+    values: npt.NDArray[np.float32]
+    layers: tuple[int, ...]
+    start: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RouterLogits) and _same_fields(self, other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that travels, the array as in `Receipt.to_dict`."""
+        values = self.values.astype("<f4")
+        return {"start": self.start, "layers": list(self.layers), "shape": list(values.shape), "values": _pack(values)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> RouterLogits:
+        """Read what `to_dict` wrote."""
+        values = _unpack(document["values"], "<f4", document["shape"])
+        return cls(values, tuple(document["layers"]), document["start"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Receipt:
     """Proof of what ran. Two are equal if all they say is equal, arrays by content (NaN equals NaN); they have no hash.
 
@@ -43,6 +73,7 @@ class Receipt:
         prompt_digest: `prompt_digest` of the prompt's token ids; None for embeddings.
         tokens: tokens of the prompt and of the output that was delivered. The last one is never fed back: it has no route.
         routes_start: position of the first row of `route_ids`.
+        logits: router logits with their layers and positions, where `return_router_logits` was asked for; else None.
 
     """
 
@@ -59,11 +90,15 @@ class Receipt:
     prompt_digest: str | None = None
     tokens: int | None = None
     routes_start: int = 0
+    logits: RouterLogits | None = None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Receipt):
-            return NotImplemented
-        return all(_same(getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
+        return isinstance(other, Receipt) and _same_fields(self, other)
+
+    @property
+    def router_logits(self) -> npt.NDArray[np.float32] | None:
+        """float32 [num_tokens, chosen layers, num_experts]; None where nobody asked. `logits` says which layers and positions."""
+        return None if self.logits is None else self.logits.values
 
     def routed_experts(self, shape: ModelShape, form: str = "vllm", start: int | None = None) -> Any:
         """The routes as other programs write them; see `routed_experts.py` for the forms.
@@ -106,6 +141,8 @@ class Receipt:
                 "ids": _pack(self.route_ids.astype("<i4")),
                 "weights": _pack(self.route_weights.astype("<f4")),
             }
+        if self.logits is not None:
+            document["router_logits"] = self.logits.to_dict()
         if self.scores is not None:
             document["scores"] = self.scores.tolist()
         return document
@@ -119,9 +156,9 @@ class Receipt:
         routes = document.get("routes")
         if routes is not None:
             start = routes.get("start", 0)
-            shape = tuple(routes["shape"])
-            ids = np.frombuffer(zlib.decompress(base64.b64decode(routes["ids"])), "<i4").reshape(shape)
-            weights = np.frombuffer(zlib.decompress(base64.b64decode(routes["weights"])), "<f4").reshape(shape)
+            ids = _unpack(routes["ids"], "<i4", routes["shape"])
+            weights = _unpack(routes["weights"], "<f4", routes["shape"])
+        logits = document.get("router_logits")
         scores = document.get("scores")
         if scores is not None:
             scores = np.array(scores, np.float32)
@@ -141,7 +178,12 @@ class Receipt:
             prompt_digest=document.get("prompt_digest"),
             tokens=document.get("tokens"),
             routes_start=start,
+            logits=None if logits is None else RouterLogits.from_dict(logits),
         )
+
+
+def _same_fields(one: Any, other: Any) -> bool:
+    return all(_same(getattr(one, item.name), getattr(other, item.name)) for item in fields(one))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -154,6 +196,10 @@ def _pack(array: npt.NDArray[Any]) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode("ascii")
 
 
+def _unpack(text: str, dtype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).reshape(shape)
+
+
 def receipts_document(documents: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """What an answer of several choices carries: the first receipt without its arrays, and `receipts`, one for each choice.
 
@@ -162,7 +208,8 @@ def receipts_document(documents: Sequence[Mapping[str, Any] | None]) -> dict[str
 
     """
     first = next(document for document in documents if document is not None)
-    return {key: value for key, value in first.items() if key not in ("routes", "scores")} | {"receipts": list(documents)}
+    arrays = ("routes", "router_logits", "scores")
+    return {key: value for key, value in first.items() if key not in arrays} | {"receipts": list(documents)}
 
 
 def receipt_of(output: Any) -> Receipt:

@@ -10,6 +10,7 @@ import random
 import openai
 import pytest
 from engines import random_prompt
+from oracle import Oracle
 from servers import server
 from tiny_models import VOCAB_SIZE
 
@@ -48,7 +49,7 @@ def started(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     policy = folder / "policy.json"
     policy.write_text(json.dumps(POLICY))
-    flags = ("--route-policy", str(policy), "--enable-route-overrides", "--additional-config")
+    flags = ("--route-policy", str(policy), "--enable-route-overrides", "--router-logits-mib", "1", "--additional-config")
     settings = '{"unsafe_routes": {"route_table_rows": 40}}'
     with server(tiny_model("olmoe"), folder / "log.txt", *flags, settings, VLLM_LOGGING_LEVEL="INFO") as started:
         yield started
@@ -81,6 +82,19 @@ def test_a_plan_is_accepted_and_has_a_receipt(guarded, prompt):
     assert not (receipt.route_ids[:, 2] <= 1).any()
     assert planned.choices[0].logprobs.token_logprobs != plain.choices[0].logprobs.token_logprobs
     assert (receipt_of(plain).plan, receipt_of(plain).policy) == (None, receipt.policy)
+
+
+def test_router_logits_come_back_and_have_a_limit(guarded, prompt, tiny_model):
+    oracle = Oracle(tiny_model("olmoe"))
+    receipt = receipt_of(complete(guarded, prompt, return_router_logits=[0], router_logits_start=30))
+    expected = oracle.router_logits(prompt, len(prompt), None)[30:, :1].numpy()  # the first layer's depend on no route
+    assert receipt.router_logits.shape == (len(prompt) + 4 - 30, 1, 16)
+    assert receipt.router_logits[: len(expected)] == pytest.approx(expected, abs=1e-4)
+    xargs = {"return_router_logits": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        guarded.completions.create(model="tiny", prompt=prompt, max_tokens=200, n=32, extra_body={"vllm_xargs": xargs})
+    message = "return_router_logits: 239 tokens x 3 layers x 16 experts of 32 samples are 1.4 MiB, more than router_logits_mib 1"
+    assert message in str(caught.value.body) and caught.value.param == "return_router_logits"
 
 
 def many_routes(count):

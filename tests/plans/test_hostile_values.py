@@ -49,6 +49,10 @@ READERS = {
         {"route_plan": "x", "route_delta": [1, 2, 0, 1], "return_routes": True, "routes_start": 3, "score_tokens": [1, 1, 5]},
         RouteExtras.parse,
     ),
+    "router logits": (
+        {"return_router_logits": [1, 2], "router_logits_start": 3, "router_logits_end": 9},
+        RouteExtras.parse,
+    ),
 }
 
 

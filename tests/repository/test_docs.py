@@ -73,6 +73,7 @@ MESSAGES = {
     "more than 64 MiB of JSON": lambda: RoutePlan.from_json("{" + " " * (64 << 20) + "}"),
     "not a string": lambda: RouteExtras.parse({"route_plan": 7}),
     "not a number, infinite, too large": lambda: RouteExtras.parse({"route_delta": [0, 0, float("inf")]}),
+    "layers twice": lambda: RouteExtras.parse({"return_router_logits": [1, 1]}),
     "not a truth value": lambda: RouteExtras.parse({"return_routes": "maybe"}),
     "another model's plan": lambda: compile_for(RoutePlan(model="feedfacefeedface")),
     "layer without experts": lambda: compile_for(RoutePlan().disable(20, "all", [1])),
@@ -104,8 +105,8 @@ MESSAGES = {
     "another model's policy": lambda: RoutePolicy({}, model="feedfacefeedface").validate(OLMOE),
     "unreadable file": lambda: RoutePolicy.load("/nowhere.json"),
 }
-# Need an engine: tests/engine/test_server.py has them.
-FROM_THE_ENGINE = {"overrides are off", "position past the prompt"}
+# Need an engine: tests/engine/test_server.py and test_router_logits.py have them.
+FROM_THE_ENGINE = {"overrides are off", "position past the prompt", "router logits are off", "too many router logits"}
 
 
 @pytest.mark.parametrize("name", MESSAGES)

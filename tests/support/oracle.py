@@ -50,6 +50,13 @@ class Oracle:
             logits = self.model(torch.tensor([token_ids])).logits[0]
         return logits.float().log_softmax(-1)
 
+    def router_logits(self, token_ids: list[int], prompt_len: int, plan: RoutePlan | None) -> torch.Tensor:
+        """What each router computes, float32 [len(token_ids), MoE layers, num_experts], as transformers itself gives it back."""
+        self._wishes = _read_wishes(plan, len(token_ids), prompt_len) if plan is not None else {}
+        with torch.no_grad():
+            found = self.model(torch.tensor([token_ids]), output_router_logits=True).router_logits
+        return torch.stack([rows.reshape(len(token_ids), -1).float() for rows in found if rows is not None], 1)
+
     def token_logprobs(self, token_ids: list[int], prompt_len: int, plan: RoutePlan | None) -> list[float]:
         """Log-probability of each token after the first, given those before it."""
         rows = self.logprobs(token_ids, prompt_len, plan)

@@ -11,9 +11,45 @@ from typing import Any
 import numpy as np
 
 from ..binding import prompt_digest
-from ..receipt import RECEIPT_KEY, Receipt, receipts_document
+from ..receipt import RECEIPT_KEY, Receipt, RouterLogits, receipts_document
 from .attributes import ANSWER, PARTS, SAMPLES
 from .progress import RoutesSet
+
+
+class _Rows:
+    """Arrays with a row for each position, which come in pieces. Positions may be computed again: the last word counts.
+
+    Args:
+        fills: for each array, what stands where no piece says anything; it has the array's dtype.
+
+    """
+
+    def __init__(self, *fills: Any) -> None:
+        self._fills = fills
+        self._end = 0
+        # First position, one past the last, arrays [num_tokens, ...].
+        self._pieces: list[tuple[int, int, list[Any]]] = []
+
+    def add(self, start: int, shape: Sequence[int], *arrays: bytes) -> None:
+        """Take a piece, and forget those that it says anew."""
+        end = start + shape[0]
+        if start < self._end:
+            self._pieces = [piece for piece in self._pieces if piece[0] < start or piece[1] > end]
+        values = [np.frombuffer(array, fill.dtype).reshape(shape) for array, fill in zip(arrays, self._fills, strict=True)]
+        self._pieces.append((start, end, values))
+        self._end = max(self._end, end)
+
+    def cut(self, first: int, limit: int) -> list[Any] | None:
+        """Those of positions `first` to `limit` (exclusive); None if no piece came."""
+        if not self._pieces:
+            return None
+        num_tokens = max(0, min(limit, self._end) - first)
+        whole = [np.full((num_tokens, *self._pieces[0][2][at].shape[1:]), fill) for at, fill in enumerate(self._fills)]
+        for start, end, values in self._pieces:
+            place, stop = start - first, min(end - first, num_tokens)
+            for to, array in zip(whole, values, strict=True):
+                to[place:stop] = array[: max(0, stop - place)]
+        return whole
 
 
 class _Parts:
@@ -21,15 +57,17 @@ class _Parts:
 
     def __init__(self) -> None:
         self._fields: dict[str, Any] = {}
-        # (first position, int32 and float32 [num_tokens, num_moe_layers, top_k])
-        self._chunks: list[tuple[int, Any, Any]] = []
+        # Both [num_tokens, num_moe_layers, top_k]; [num_tokens, chosen layers, num_experts].
+        self._routes = _Rows(np.int32(-1), np.float32(0))
+        self._logits = _Rows(np.float32(np.nan))
 
     def add(self, news: Mapping[str, Any]) -> None:
         """Take what `receipts.py` sent."""
         fields = dict(news)
         for start, *shape, ids, weights in fields.pop("chunks", ()):
-            arrays = (np.frombuffer(ids, np.int32), np.frombuffer(weights, np.float32))
-            self._chunks.append((start, *(array.reshape(shape) for array in arrays)))
+            self._routes.add(start, shape, ids, weights)
+        for start, *shape, values in fields.pop("logits", ()):
+            self._logits.add(start, shape, values)
         self._fields |= fields
 
     def document(self, prompt: Sequence[int] | None, num_prompt: int, num_output: int) -> dict[str, Any]:
@@ -47,7 +85,9 @@ class _Parts:
         fields = self._fields
         num_computed = num_prompt + max(num_output, 1) - 1
         start = fields.get("routes_start", 0)
-        ids, weights = self._routes(start, num_computed)
+        ids, weights = self._routes.cut(start, num_computed) or (None, None)
+        layers, logits_start = fields.get("logits_of", ((), 0))
+        logits = self._logits.cut(logits_start, num_computed)
         routes = RoutesSet(*fields.get("routes", (0, 0, 0)))
         scores = fields.get("scores")
         return Receipt(
@@ -64,21 +104,8 @@ class _Parts:
             prompt_digest=None if prompt is None else prompt_digest(prompt),
             tokens=num_prompt + num_output,
             routes_start=start,
+            logits=None if logits is None else RouterLogits(logits[0], tuple(layers), logits_start),
         ).to_dict()
-
-    def _routes(self, first: int, limit: int) -> tuple[Any, Any]:
-        """Those of positions `first` to `limit` (exclusive)."""
-        if not self._chunks:
-            return None, None
-        num_tokens = max(0, min(limit, max(start + len(ids) for start, ids, _ in self._chunks)) - first)
-        shape = (num_tokens, *self._chunks[0][1].shape[1:])
-        all_ids, all_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for position, ids, weights in self._chunks:  # a preempted request computes positions again: the last word counts
-            start = position - first
-            end = min(start + len(ids), num_tokens)
-            if start < end:
-                all_ids[start:end], all_weights[start:end] = ids[: end - start], weights[: end - start]
-        return all_ids, all_weights
 
 
 def with_receipt(state: Any, kv_transfer_params: dict[str, Any] | None, has_ended: bool) -> dict[str, Any] | None:

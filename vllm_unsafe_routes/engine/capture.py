@@ -1,4 +1,7 @@
-"""The routes as they are used: written by the route kernel layer by layer, handed back for `return_routes`, counted for `usage`."""
+"""The routes as they are used: written by the route kernel layer by layer, handed back for `return_routes`, counted for `usage`.
+
+Router logits are captured beside them (`logits_capture.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 
+from .logits_capture import LogitsCapture
 from .progress import StepProgress, StepReport
 from .step import Step
 from .usage import ExpertUsage
@@ -23,9 +27,7 @@ class RouteCapture:
         always: captured graphs repeat what is decided now, so every step is written.
         local_slots: MoE slots of this pipeline rank.
         usage: counts the routes of every step, if they are to be counted.
-
-    Attributes:
-        is_on: somebody wants this step's routes.
+        logits: captures router logits, if requests may ask for them.
 
     """
 
@@ -36,28 +38,48 @@ class RouteCapture:
         always: bool,
         local_slots: Sequence[int],
         usage: ExpertUsage | None = None,
+        logits: LogitsCapture | None = None,
     ) -> None:
         self.usage = usage
+        self.logits = logits
         self._always = always
         self._local_slots = local_slots
-        self.is_on = False
+        self._routes_on = False
         self._ids = torch.full(size, -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(size, dtype=torch.float32, device=device)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether somebody wants this step's routes or logits."""
+        return self._routes_on or (self.logits is not None and self.logits.is_on)
+
     def stage(self, step: Step) -> None:
-        """See whether somebody wants this step's routes."""
-        self.is_on = self.usage is not None or any(part.resident.extras.wants_routes for part in step.parts)
+        """See whether somebody wants this step's routes or logits."""
+        if self.logits is not None:
+            self.logits.stage(step)
+        self._routes_on = self.usage is not None or any(part.resident.extras.wants_routes for part in step.parts)
 
     def apply(self, slot: int, num_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
-        if not (self.is_on or self._always):
+        if not (self._routes_on or self._always):
             return None, None
         return self._ids[slot, :num_tokens], self._weights[slot, :num_tokens]
 
+    def keep_logits(self, slot: int, router_logits: torch.Tensor) -> None:
+        """The layer's logits as the model's router computed them, [num_tokens, num_experts]."""
+        if self.logits is not None:
+            self.logits.apply(slot, router_logits)
+
     def collect(self, step: Step, report: StepReport) -> None:
-        """Count the routes, and hand those that are wanted to the report, one copy for all requests."""
+        """Count the routes, and hand what is wanted to the report."""
         if self.usage is not None:
             self.usage.collect(step, self._ids)
+        self._collect_routes(step, report)
+        if self.logits is not None:
+            self.logits.collect(report)
+
+    def _collect_routes(self, step: Step, report: StepReport) -> None:
+        """One copy for all requests."""
         wanted = [part for part in step.parts if part.resident.extras.wants_routes]
         if not wanted:
             return

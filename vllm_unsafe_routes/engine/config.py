@@ -21,6 +21,7 @@ from ..wire import PLAN_KEY, reject_unknown_keys
 CONFIG_KEY = "unsafe_routes"
 GATING_CHOICES = ("native", "fused")
 SEAMS = ("auto", "logits")
+DEFAULT_LOGITS_MIB = 64
 # Every label is as many counters again as the model has experts.
 _MAX_USAGE_LABELS = 32
 _USAGE_LABEL = re.compile(r"[\w.:/-]{1,64}")
@@ -43,6 +44,8 @@ class RouteConfig:
             itself. "logits": every layer at its logits, by policies and by plans that only mask and bias.
         jitter: noise on router logits as `Jitter.to_dict`, or None.
         usage: a list: how often experts are picked is counted, and by these labels too, which requests may bring; None: it is not.
+        router_logits_mib: MiB of router logits that one request may ask for (`return_router_logits`), all of its samples together;
+            None: none, and no memory is taken for them. Needs `allow_overrides`.
         score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
 
     """
@@ -58,6 +61,7 @@ class RouteConfig:
     jitter: Mapping[str, Any] | None = None
     usage: Sequence[str] | None = None
     score_blocks: int | None = None
+    router_logits_mib: int | None = None
 
     @property
     def enabled(self) -> bool:
@@ -94,9 +98,12 @@ class RouteConfig:
             value = values.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RouteError(f"{name} must be a positive integer, got {value!r}")
-        blocks = values.get("score_blocks")
-        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 3):
-            raise RouteError(f"score_blocks must be an integer of at least 3, or null, got {blocks!r}")
+        for name, least in (("score_blocks", 3), ("router_logits_mib", 1)):
+            value = values.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise RouteError(f"{name} must be an integer of at least {least}, or null, got {value!r}")
+        if values.get("router_logits_mib") is not None and not values.get("allow_overrides"):
+            raise RouteError("router_logits_mib needs allow_overrides (--enable-route-overrides)")
         if values.get("usage") is not None:
             values["usage"] = _usage_labels(values["usage"])
         for name, choices in (("gating", GATING_CHOICES), ("seam", SEAMS)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import RouteError
 from ..policy import POLICY_MODES
-from .config import CONFIG_KEY, RouteConfig
+from .config import CONFIG_KEY, DEFAULT_LOGITS_MIB, RouteConfig
 
 _MIDDLEWARE = "vllm_unsafe_routes.engine.answers.RouteAnswers"
 
@@ -57,6 +57,16 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Count, and by these labels too, which requests bring as vllm_xargs.usage_label.",
     )
+    group.add_argument(
+        "--router-logits-mib",
+        metavar="MIB",
+        nargs="?",
+        type=int,
+        const=DEFAULT_LOGITS_MIB,
+        default=None,
+        help="Let requests ask for router logits of all experts (vllm_xargs.return_router_logits), each for at most MIB MiB "
+        f"({DEFAULT_LOGITS_MIB} where none is given). Needs --enable-route-overrides; takes a buffer for one step at start.",
+    )
 
 
 def fold_cli_arguments(args: argparse.Namespace) -> None:
@@ -73,7 +83,7 @@ def fold_cli_arguments(args: argparse.Namespace) -> None:
         # A policy's content, not its path: the file may change while the processes start.
         args.additional_config = {**merged, CONFIG_KEY: RouteConfig.from_dict(merged[CONFIG_KEY]).to_dict()}
         args.route_policy = args.route_policy_mode = args.route_jitter = None
-        args.route_usage_labels = None
+        args.route_usage_labels = args.router_logits_mib = None
         args.enable_route_overrides = args.route_usage = False
     middleware = getattr(args, "middleware", None)
     if middleware is not None and _MIDDLEWARE not in middleware:
@@ -91,7 +101,8 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
     mode, jitter = getattr(args, "route_policy_mode", None), getattr(args, "route_jitter", None)
     labels = getattr(args, "route_usage_labels", None)
     usage = labels.split(",") if labels is not None else [] if getattr(args, "route_usage", False) else None
-    if policy is None and mode is None and jitter is None and usage is None and not overrides:
+    logits_mib = getattr(args, "router_logits_mib", None)
+    if policy is None and mode is None and jitter is None and usage is None and logits_mib is None and not overrides:
         return additional_config
     section = additional_config.get(CONFIG_KEY) or {}
     if not isinstance(section, Mapping):
@@ -121,6 +132,10 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
         if section.get("usage", usage) != usage:
             raise RouteError("--route-usage and additional_config['unsafe_routes']['usage'] are both given; keep one")
         section["usage"] = usage
+    if logits_mib is not None:
+        if section.get("router_logits_mib", logits_mib) != logits_mib:
+            raise RouteError("--router-logits-mib and additional_config['unsafe_routes']['router_logits_mib'] differ; keep one")
+        section["router_logits_mib"] = logits_mib
     if overrides:
         section["allow_overrides"] = True
     return {**additional_config, CONFIG_KEY: section}

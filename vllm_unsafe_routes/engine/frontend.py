@@ -5,17 +5,31 @@ Runs inside `InputProcessor.process_inputs`, which the offline `LLM`, the async 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
+import numpy as np
 from vllm.exceptions import VLLMValidationError
 
 from ..compiled import CompiledPlan
 from ..compiler import PlanCompiler
 from ..errors import RouteError
-from ..extras import KEYS, ROUTE_KEYS, ROUTES_START_KEY, SCORE_KEY, USAGE_LABEL_KEY, RouteExtras, ScoreSpec
+from ..extras import (
+    KEYS,
+    LOGITS_KEY,
+    LOGITS_START_KEY,
+    ROUTE_KEYS,
+    ROUTES_START_KEY,
+    SCORE_KEY,
+    USAGE_LABEL_KEY,
+    LogitsSpec,
+    RouteExtras,
+    ScoreSpec,
+)
 from ..plan import RoutePlan
 from ..policy import ActivePolicy
+from ..shape import ModelShape
 from ..wire import PLAN_KEY, RETURN_ROUTES_KEY
 from .answers import current_answer
 from .config import RouteConfig, model_shape, route_config
@@ -89,13 +103,16 @@ class PlanGuard:
             raise RouteError("a streaming-input session cannot have a route plan: its prompt length is not known")
         if extras.wants_routes and self.config.seam == "logits":
             raise RouteError(f"{RETURN_ROUTES_KEY} cannot be honoured with seam 'logits', where kernels do not say what they pick")
-        if extras.wants_routes:
-            # Routes are only known of tokens that this request computes itself.
+        if extras.wants_routes or extras.logits is not None:
+            # They are only known of tokens that this request computes itself.
             params.skip_reading_prefix_cache = True
         num_prompt = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
         if extras.routes_start > num_prompt:
             message = f"{ROUTES_START_KEY} {extras.routes_start} is out of range for a prompt of {num_prompt} tokens"
             raise RouteError(message, "prompt")
+        if extras.logits is not None:
+            logits = check_logits(extras.logits, self.config, self.shape, num_prompt, params)
+            extras = dataclasses.replace(extras, logits=logits)
         if extras.score is not None:
             check_score(extras.score, num_prompt, self.vocab_size)
         if extras.has_plan:
@@ -151,6 +168,31 @@ def check_score(score: ScoreSpec, num_prompt: int, vocab_size: int) -> None:
     largest = int(score.token_ids.max())
     if largest >= vocab_size:
         raise RouteError(f"{SCORE_KEY}: token id {largest} is out of range for a vocabulary of {vocab_size}")
+
+
+def check_logits(spec: LogitsSpec, config: RouteConfig, shape: ModelShape, num_prompt: int, params: Any) -> LogitsSpec:
+    """Refuse layers without experts and what is larger than the engine's limit; returns the spec with all its layers named."""
+    limit = config.router_logits_mib
+    if limit is None:
+        raise RouteError(
+            f"{LOGITS_KEY} is not enabled in this engine; start the server with --router-logits-mib, "
+            "or the engine with 'router_logits_mib' beside 'allow_overrides'",
+            "disabled",
+        )
+    layers = spec.layers or shape.moe_layers
+    for layer in layers:
+        if layer not in shape.slot_of_layer:
+            raise RouteError(f"{LOGITS_KEY}: layer {layer} has no experts; MoE layers are {shape.describe_layers()}")
+    if spec.start > num_prompt:
+        raise RouteError(f"{LOGITS_START_KEY} {spec.start} is out of range for a prompt of {num_prompt} tokens", "prompt")
+    num_tokens = len(spec.within(0, num_prompt + max(params.max_tokens, 1) - 1))
+    size = num_tokens * len(layers) * shape.num_experts * np.dtype(np.float32).itemsize * params.n
+    if size > limit << 20:
+        raise RouteError(
+            f"{LOGITS_KEY}: {num_tokens} tokens x {len(layers)} layers x {shape.num_experts} experts of {params.n} samples are "
+            f"{size / (1 << 20):.1f} MiB, more than router_logits_mib {limit}; name fewer layers or positions"
+        )
+    return dataclasses.replace(spec, layers=tuple(layers))
 
 
 def check_prompt_length(compiled: CompiledPlan, num_prompt: int, extras: RouteExtras, top_k: int, max_model_len: int) -> None:

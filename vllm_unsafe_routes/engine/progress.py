@@ -71,6 +71,8 @@ class StepProgress:
         route_weights: float32, same shape, or None.
         score_start: index of the first row of `scores` among the request's scored rows.
         scores: float32 [num_rows, width], log-probabilities scored in this step, or None.
+        logits_start: position of the first row of `router_logits`.
+        router_logits: float32 [num_tokens, chosen layers, num_experts] of this step, or None.
 
     """
 
@@ -80,6 +82,8 @@ class StepProgress:
     route_weights: np.ndarray | None = None
     score_start: int = 0
     scores: np.ndarray | None = None
+    logits_start: int = 0
+    router_logits: np.ndarray | None = None
 
 
 class StepReport:

@@ -24,7 +24,7 @@ class _Open:
 
     """
 
-    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "routes", "scores", "scores_are_new")
+    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "logits", "routes", "scores", "scores_are_new")
 
     def __init__(self, context: RouteContext | None) -> None:
         self.start(context, ())
@@ -37,6 +37,7 @@ class _Open:
         self.cached = 0
         self.routes: RoutesSet | None = None
         self.chunks: list[tuple[int, Any, Any]] = []
+        self.logits: list[tuple[int, Any]] = []
         self.scores: Any = None
         self.scores_are_new = False
         extras = context.extras if context is not None else None
@@ -50,6 +51,8 @@ class _Open:
             known = max(0, self._routes_start() - step.chunk_start)
             if known < len(step.route_ids):
                 self.chunks.append((step.chunk_start + known, step.route_ids[known:], step.route_weights[known:]))
+        if step.router_logits is not None:
+            self.logits.append((step.logits_start, step.router_logits))
         if step.scores is not None:
             self.scores[step.score_start : step.score_start + len(step.scores)] = step.scores
             self.scores_are_new = True
@@ -67,12 +70,18 @@ class _Open:
             news = {"plan": plan.digest if plan else None, "policy": active.digest, "cached_tokens": self.cached}
             news |= {"policy_mode": active.mode if active.policy is not None else None, "earlier_policies": self.earlier}
             news["routes_start"] = self._routes_start()
+            extras = self.context.extras if self.context is not None else None
+            if extras is not None and extras.logits is not None:
+                news["logits_of"] = (extras.logits.layers, extras.logits.start)
         if self.routes is not None:
             news |= {"routes": tuple(self.routes), "cached_tokens": self.routes.start}
             self.routes = None
         if self.chunks:
             news["chunks"] = [(start, *ids.shape, ids.tobytes(), weights.tobytes()) for start, ids, weights in self.chunks]
             self.chunks = []
+        if self.logits:
+            news["logits"] = [(start, *values.shape, values.tobytes()) for start, values in self.logits]
+            self.logits = []
         if self.scores_are_new:
             self.scores_are_new = False
             news["scores"] = self.scores.tolist()

@@ -51,7 +51,8 @@ class Resident:
     def news(self) -> StepProgress | None:
         """Where it is after a step; None if that follows from what was said, as in decoding."""
         if self._told == self.start:
-            return StepProgress() if self.extras.wants_routes or self.extras.score is not None else None
+            extras = self.extras
+            return StepProgress() if extras.wants_routes or extras.score is not None or extras.logits is not None else None
         plan, start, prompt_len = self.plan, self.start, self.prompt_len
         is_decoding = self.end >= prompt_len
         self._told = start if is_decoding else None

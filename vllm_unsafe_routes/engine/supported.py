@@ -181,6 +181,8 @@ def check_supported(vllm_config: Any, config: RouteConfig) -> None:
         RouteError: names the setting, its value and the reason.
 
     """
+    if config.router_logits_mib is not None and vllm_config.speculative_config is not None:
+        raise RouteError("--router-logits-mib does not go with speculation: logits of rejected drafts would come back")
     for feature in FEATURES:
         asked = feature.asked(vllm_config)
         if asked is None:

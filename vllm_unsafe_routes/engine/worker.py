@@ -28,6 +28,7 @@ from .device_table import DeviceTable
 from .gates import warn_of_gates
 from .jitter import LogitJitter
 from .log import logger_of
+from .logits_capture import LogitsCapture
 from .policy_rows import PolicyRows
 from .progress import RouteCounts, StepReport
 from .router import RouterHooks, RouterState, Routing, controllers
@@ -90,8 +91,11 @@ class RouteController:
         self._counts = PolicyCounts(shape, self.watch.sums, self._index, local_slots, kept if state.always else None)
         usage = None if config.usage is None else ExpertUsage(config.usage, shape, self.capacity, local_slots, device)
         self.capture = self._scoring = self.shared = None
+        logits = None
+        if config.router_logits_mib is not None:
+            logits = LogitsCapture(shape, self.capacity, local_slots, device, state.always)
         if config.allow_overrides or usage is not None:
-            self.capture = RouteCapture((num_layers, self.capacity, shape.top_k), device, state.always, local_slots, usage)
+            self.capture = RouteCapture((num_layers, self.capacity, shape.top_k), device, state.always, local_slots, usage, logits)
         if config.allow_overrides:
             self._scoring = Scoring(vllm_config.model_config.get_vocab_size())
             if can_share_rows(vllm_config, device):
@@ -180,6 +184,8 @@ class RouteController:
     def jitter(self, slot: int, router_logits: torch.Tensor) -> torch.Tensor:
         """The logits of MoE layer `slot` with this step's noise; called by its bound router."""
         assert self._jitter is not None
+        if self.capture is not None:
+            self.capture.keep_logits(slot, router_logits)
         return self._jitter.apply(slot, router_logits)
 
     def direct(
@@ -195,6 +201,8 @@ class RouteController:
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
         native_ids = self._counts.apply(slot, num_tokens)
         routes = (None, None) if self.capture is None else self.capture.apply(slot, num_tokens)
+        if self.capture is not None and (self._jitter is None or slot not in self._jitter.slots):
+            self.capture.keep_logits(slot, router_logits)
         watch = self.watch.apply(slot, router_logits)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
         binding, policy, is_idle = self.bindings[slot], self.policy, self._index.is_idle
