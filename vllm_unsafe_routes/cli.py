@@ -7,11 +7,26 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from .commands import demo, derive_policy, doctor, evaluate, fsour, inspect, lab, mask_attack, recipe, replay, report, riy, rosais
+from .commands import (
+    demo,
+    derive_policy,
+    doctor,
+    evaluate,
+    fsour,
+    inspect,
+    lab,
+    mask_attack,
+    recipe,
+    replay,
+    report,
+    riy,
+    rosais,
+    routescan,
+)
 from .commands.usage import Parser
 from .errors import RouteError
 
-COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, recipe, evaluate, derive_policy, report, replay, riy, lab, demo)
+COMMANDS = (inspect, doctor, rosais, mask_attack, fsour, recipe, evaluate, derive_policy, routescan, report, replay, riy, lab, demo)
 # As a shell gives it for a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
 
@@ -25,6 +40,7 @@ where to start:
 in order:
   a red team    rosais, mask-attack, fsour, then report (docs/search.md)
   a defence     derive-policy, then evaluate (docs/defence.md)
+  watching      routescan (docs/serving.md)
   serving it    vLLM's server with --route-policy (docs/serving.md)
   training      replay: where a rollout and its replay part (docs/rl.md)
 

@@ -40,6 +40,7 @@ LAYERS = (
         "policy",
         "extras",
         "receipt",
+        "route_probe",
         "compiled",
         "compiler",
         "layer_rules",

@@ -204,17 +204,22 @@ def setup_of(args: argparse.Namespace) -> dict[str, Any]:
         "columns": Columns(args.goal_column, args.target),
         "system": args.system,
         "seeds": seeds_of(args.seeds),
-        "engine": EngineSettings(
-            servers=tuple(args.server),
-            ray=args.ray,
-            policy=RoutePolicy.load(args.policy) if args.policy else None,
-            max_model_len=args.max_model_len,
-            dtype=args.dtype,
-            arguments=dict(map(_engine_argument, args.engine_arg)),
-            concurrency=args.concurrency,
-        ),
+        "engine": engine_of(args),
         "judging": JudgeSettings(**judging),
     }
+
+
+def engine_of(args: argparse.Namespace) -> EngineSettings:
+    """The options of `add_model_options`, but the model."""
+    return EngineSettings(
+        servers=tuple(args.server),
+        ray=args.ray,
+        policy=RoutePolicy.load(args.policy) if args.policy else None,
+        max_model_len=args.max_model_len,
+        dtype=args.dtype,
+        arguments=dict(map(_engine_argument, args.engine_arg)),
+        concurrency=args.concurrency,
+    )
 
 
 # Field of `JudgeSettings` -> option.
