@@ -73,6 +73,8 @@ class Receipt:
         prompt_digest: `prompt_digest` of the prompt's token ids; None for embeddings.
         tokens: tokens of the prompt and of the output that was delivered. The last one is never fed back: it has no route.
         routes_start: position of the first row of `route_ids`.
+        monitor: what the served probe says of the prompt: `score`, `flagged`, `tokens` (those that were computed and so scored)
+            and `probe`, its digest; None without one.
         logits: router logits with their layers and positions, where `return_router_logits` was asked for; else None.
 
     """
@@ -91,6 +93,7 @@ class Receipt:
     tokens: int | None = None
     routes_start: int = 0
     logits: RouterLogits | None = None
+    monitor: Mapping[str, Any] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Receipt) and _same_fields(self, other)
@@ -141,6 +144,8 @@ class Receipt:
                 "ids": _pack(self.route_ids.astype("<i4")),
                 "weights": _pack(self.route_weights.astype("<f4")),
             }
+        if self.monitor is not None:
+            document["monitor"] = dict(self.monitor)
         if self.logits is not None:
             document["router_logits"] = self.logits.to_dict()
         if self.scores is not None:
@@ -179,6 +184,7 @@ class Receipt:
             tokens=document.get("tokens"),
             routes_start=start,
             logits=None if logits is None else RouterLogits.from_dict(logits),
+            monitor=document.get("monitor"),
         )
 
 

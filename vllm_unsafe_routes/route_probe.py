@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ class RouteProbe:
         return cls(document["model"], tuple(layers), weights, bias, threshold, measured)
 
     @classmethod
-    def load(cls, path: str | Path) -> RouteProbe:
+    def load(cls, path: str | os.PathLike[str]) -> RouteProbe:
         """Read a probe file. Raises `RouteError`, naming the path."""
         try:
             return cls.from_json(Path(path).read_bytes())

@@ -76,7 +76,8 @@ def status(active, generation=0, tokens=0, displaced=(0, 0), **more):
         "num_nan": [2, 0],
     }
     plain = dict(refused=0, table={"rows": [2, 64], "cells": [30, 900], "slots": [3, 8]}, held_requests=1, counts=counts)
-    return {"active": active.to_dict(), "policy": active.digest, "generation": generation, **plain, **more}
+    prompts = {"scored_prompts": 5, "flagged_prompts": 2}
+    return {"active": active.to_dict(), "policy": active.digest, "generation": generation, **plain, **prompts, **more}
 
 
 def test_states_become_increments(exporter):
@@ -97,6 +98,7 @@ def test_states_become_increments(exporter):
     assert sample("policy_swaps_total") == 1
     assert [sample(f"table_{part}") for part in ("rows_in_use", "rows", "cells_in_use", "cells")] == [2, 64, 30, 900]
     assert [sample(name) for name in ("table_slots_in_use", "table_slots", "held_requests")] == [3, 8, 1]
+    assert [sample(f"{what}_prompts_total") for what in ("scored", "flagged")] == [5, 2]
 
 
 def test_no_policy_counts_nothing(exporter):

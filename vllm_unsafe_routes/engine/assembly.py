@@ -104,6 +104,7 @@ class _Parts:
             prompt_digest=None if prompt is None else prompt_digest(prompt),
             tokens=num_prompt + num_output,
             routes_start=start,
+            monitor=fields.get("monitor"),
             logits=None if logits is None else RouterLogits(logits[0], tuple(layers), logits_start),
         ).to_dict()
 

@@ -14,6 +14,7 @@ from vllm.distributed.parallel_state import get_pp_group
 
 from .logits_capture import LogitsCapture
 from .progress import StepProgress, StepReport
+from .prompt_monitor import PromptMonitor
 from .step import Step
 from .usage import ExpertUsage
 
@@ -28,6 +29,7 @@ class RouteCapture:
         local_slots: MoE slots of this pipeline rank.
         usage: counts the routes of every step, if they are to be counted.
         logits: captures router logits, if requests may ask for them.
+        monitor: scores prompts, if a probe is served.
 
     """
 
@@ -39,14 +41,23 @@ class RouteCapture:
         local_slots: Sequence[int],
         usage: ExpertUsage | None = None,
         logits: LogitsCapture | None = None,
+        monitor: PromptMonitor | None = None,
     ) -> None:
         self.usage = usage
         self.logits = logits
+        self.monitor = monitor
         self._always = always
         self._local_slots = local_slots
         self._routes_on = False
         self._ids = torch.full(size, -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def follow(self, scheduler_output: Any) -> None:
+        """Follow the scheduler, where all requests are counted or monitored."""
+        if self.usage is not None:
+            self.usage.follow(scheduler_output)
+        if self.monitor is not None:
+            self.monitor.follow(scheduler_output)
 
     @property
     def is_on(self) -> bool:
@@ -57,7 +68,8 @@ class RouteCapture:
         """See whether somebody wants this step's routes or logits."""
         if self.logits is not None:
             self.logits.stage(step)
-        self._routes_on = self.usage is not None or any(part.resident.extras.wants_routes for part in step.parts)
+        counted = self.usage is not None or (self.monitor is not None and self.monitor.is_on)
+        self._routes_on = counted or any(part.resident.extras.wants_routes for part in step.parts)
 
     def apply(self, slot: int, num_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
@@ -74,6 +86,8 @@ class RouteCapture:
         """Count the routes, and hand what is wanted to the report."""
         if self.usage is not None:
             self.usage.collect(step, self._ids)
+        if self.monitor is not None:
+            self.monitor.collect(step, self._ids, report)
         self._collect_routes(step, report)
         if self.logits is not None:
             self.logits.collect(report)

@@ -15,6 +15,7 @@ from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..jitter import Jitter
 from ..policy import POLICY_MODES, POLICY_VERSION, ActivePolicy, RoutePolicy
+from ..route_probe import PROBE_VERSION, RouteProbe
 from ..shape import ModelShape
 from ..wire import PLAN_KEY, reject_unknown_keys
 
@@ -46,6 +47,7 @@ class RouteConfig:
         usage: a list: how often experts are picked is counted, and by these labels too, which requests may bring; None: it is not.
         router_logits_mib: MiB of router logits that one request may ask for (`return_router_logits`), all of its samples together;
             None: none, and no memory is taken for them. Needs `allow_overrides`.
+        monitor: a probe's JSON form (or its path, as `policy`) that scores every request's prompt, or None; it only observes.
         score_blocks: KV blocks that cells are scored in, taken from the free ones at the first such call; None: half of these.
 
     """
@@ -62,11 +64,13 @@ class RouteConfig:
     usage: Sequence[str] | None = None
     score_blocks: int | None = None
     router_logits_mib: int | None = None
+    monitor: Mapping[str, Any] | None = None
 
     @property
     def enabled(self) -> bool:
         """Whether anything is asked for at all."""
-        return self.policy is not None or self.allow_overrides or self.jitter is not None or self.usage is not None
+        asked = (self.policy, self.jitter, self.usage, self.monitor)
+        return self.allow_overrides or any(item is not None for item in asked)
 
     @classmethod
     def from_dict(cls, document: Any) -> RouteConfig:
@@ -87,6 +91,7 @@ class RouteConfig:
             values["policy"] = RoutePolicy.load(policy).to_dict()
         elif policy is not None:
             raise RouteError(f"policy must be a path or a {POLICY_VERSION} object, got {policy!r}")
+        values["monitor"] = _probe_document(values.get("monitor"))
         mode = values.get("policy_mode", "enforce")
         if mode not in POLICY_MODES:
             raise RouteError(f"policy_mode {mode!r} is not one of {', '.join(POLICY_MODES)}")
@@ -109,8 +114,9 @@ class RouteConfig:
         for name, choices in (("gating", GATING_CHOICES), ("seam", SEAMS)):
             if values.get(name, choices[0]) not in choices:
                 raise RouteError(f"{name} {values[name]!r} is not one of {', '.join(choices)}")
-        if values.get("seam") == "logits" and (values.get("gating") == "fused" or values.get("usage") is not None):
-            raise RouteError("gating 'fused' and usage need routers, which nobody asks with seam 'logits'")
+        counted = values.get("usage") is not None or values.get("monitor") is not None
+        if values.get("seam") == "logits" and (values.get("gating") == "fused" or counted):
+            raise RouteError("gating 'fused', usage and monitor need routers, which nobody asks with seam 'logits'")
         if values.get("jitter") is not None:
             values["jitter"] = Jitter.from_dict(values["jitter"]).to_dict()
         return cls(**values)
@@ -122,6 +128,10 @@ class RouteConfig:
     def load_policy(self) -> RoutePolicy | None:
         """The policy as an object."""
         return None if self.policy is None else RoutePolicy.from_json(self.policy)
+
+    def load_monitor(self) -> RouteProbe | None:
+        """The probe as an object."""
+        return None if self.monitor is None else RouteProbe.from_json(self.monitor)
 
     def load_jitter(self) -> Jitter | None:
         """The noise as an object."""
@@ -150,9 +160,23 @@ class RouteConfig:
         jitter = self.load_jitter()
         if jitter is not None:
             jitter.validate(shape)
+        probe = self.load_monitor()
+        if probe is not None:
+            probe.validate(shape)
         policy = active.enforced
         text = None if policy is None else json.dumps(policy.to_dict(), sort_keys=True)
         return _shared_compiler(shape, text, self.route_table_rows, self.route_table_cells)
+
+
+def _probe_document(probe: Any) -> dict[str, Any] | None:
+    """A probe's JSON form; a path is read."""
+    if probe is None:
+        return None
+    if isinstance(probe, str | os.PathLike):
+        return RouteProbe.load(probe).to_dict()
+    if isinstance(probe, Mapping):
+        return RouteProbe.from_json(probe).to_dict()
+    raise RouteError(f"monitor must be a path or a {PROBE_VERSION} object, got {str(probe)[:80]}")
 
 
 def _usage_labels(labels: Any) -> list[str]:
@@ -186,6 +210,7 @@ def refuse_misspelled(additional_config: Mapping[str, Any]) -> None:
         "enable_route_overrides",
         "route_jitter",
         "route_usage",
+        "route_monitor",
         PLAN_KEY,
     ]
     names += [item.name for item in fields(RouteConfig) if "_" in item.name]

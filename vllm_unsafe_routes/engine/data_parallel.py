@@ -14,7 +14,7 @@ from .step import NO_STEP
 from .swap import CLAIM, CLAIMED, REPLACE_METHOD, STATUS_METHOD, checked
 from .usage import USAGE_METHOD
 
-_ADDED_UP = ("table", "held_requests", "refused")
+_ADDED_UP = ("table", "held_requests", "refused", "scored_prompts", "flagged_prompts")
 
 
 async def replace_everywhere(client: Any, document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -58,6 +58,13 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         help="Count, and by these labels too, which requests bring as vllm_xargs.usage_label.",
     )
     group.add_argument(
+        "--route-monitor",
+        metavar="PATH",
+        default=None,
+        help="A route-probe/1 file (unsafe-routes routescan): every request's prompt is scored by its routes. The receipt says the "
+        "score and whether it is flagged, /metrics how many were; nothing is refused.",
+    )
+    group.add_argument(
         "--router-logits-mib",
         metavar="MIB",
         nargs="?",
@@ -83,7 +90,7 @@ def fold_cli_arguments(args: argparse.Namespace) -> None:
         # A policy's content, not its path: the file may change while the processes start.
         args.additional_config = {**merged, CONFIG_KEY: RouteConfig.from_dict(merged[CONFIG_KEY]).to_dict()}
         args.route_policy = args.route_policy_mode = args.route_jitter = None
-        args.route_usage_labels = args.router_logits_mib = None
+        args.route_usage_labels = args.router_logits_mib = args.route_monitor = None
         args.enable_route_overrides = args.route_usage = False
     middleware = getattr(args, "middleware", None)
     if middleware is not None and _MIDDLEWARE not in middleware:
@@ -101,8 +108,8 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
     mode, jitter = getattr(args, "route_policy_mode", None), getattr(args, "route_jitter", None)
     labels = getattr(args, "route_usage_labels", None)
     usage = labels.split(",") if labels is not None else [] if getattr(args, "route_usage", False) else None
-    logits_mib = getattr(args, "router_logits_mib", None)
-    if policy is None and mode is None and jitter is None and usage is None and logits_mib is None and not overrides:
+    logits_mib, monitor = getattr(args, "router_logits_mib", None), getattr(args, "route_monitor", None)
+    if not overrides and all(value is None for value in (policy, mode, jitter, usage, logits_mib, monitor)):
         return additional_config
     section = additional_config.get(CONFIG_KEY) or {}
     if not isinstance(section, Mapping):
@@ -132,6 +139,10 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
         if section.get("usage", usage) != usage:
             raise RouteError("--route-usage and additional_config['unsafe_routes']['usage'] are both given; keep one")
         section["usage"] = usage
+    if monitor is not None:
+        if section.get("monitor") not in (None, monitor):
+            raise RouteError("--route-monitor and additional_config['unsafe_routes']['monitor'] both name a probe; keep one")
+        section["monitor"] = monitor
     if logits_mib is not None:
         if section.get("router_logits_mib", logits_mib) != logits_mib:
             raise RouteError("--router-logits-mib and additional_config['unsafe_routes']['router_logits_mib'] differ; keep one")

@@ -41,6 +41,10 @@ class HostCopies:
     def __init__(self) -> None:
         self._pending: list[tuple[HostCopy, Callable[[np.ndarray], None]]] = []
 
+    def __len__(self) -> int:
+        """Copies on their way."""
+        return len(self._pending)
+
     def take(self, tensor: torch.Tensor, use: Callable[[np.ndarray], None]) -> None:
         """Copy a device tensor as it is now; `use` gets the values in `resolve`."""
         self._pending.append((HostCopy(tensor), use))

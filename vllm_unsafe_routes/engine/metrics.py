@@ -94,7 +94,12 @@ USED = Metric(
     ("layer", "expert", "request_label"),
     "Tokens routed to an expert, with --route-usage.",
 )
-METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, *itertools.chain(*TABLE.values()), HELD, USED)
+SCORED = Metric(_PREFIX + "scored_prompts_total", Counter, (), "Prompts that the route monitor scored.")
+FLAGGED = Metric(
+    _PREFIX + "flagged_prompts_total", Counter, (), "Prompts that the route monitor flagged; they were served as others."
+)
+_TABLE = itertools.chain(*TABLE.values())
+METRICS = (POLICY, TOKENS, DISPLACED, MISSED, NUM_NAN, ACCEPTED, REFUSED, SWAPS, *_TABLE, HELD, USED, SCORED, FLAGGED)
 # A plan that the engine accepted and ended later, because a policy that was swapped in does not permit it.
 _SWAPPED_OUT = "swapped_out"
 
@@ -143,6 +148,8 @@ class Exporter:
             self._of(POLICY, digest, mode).set((digest, mode) == (active.digest, active.mode))
         self._count(REFUSED, status["refused"], _SWAPPED_OUT)
         self._count(SWAPS, status["generation"])
+        self._count(SCORED, status["scored_prompts"])
+        self._count(FLAGGED, status["flagged_prompts"])
         for part, metrics in TABLE.items():
             for metric, value in zip(metrics, status["table"][part], strict=True):
                 self._of(metric).set(value)

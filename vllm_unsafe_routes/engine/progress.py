@@ -11,6 +11,7 @@ from .host_copies import HostCopies
 
 PROGRESS_ATTRIBUTE = "unsafe_routes_progress"
 COUNTS_ATTRIBUTE = "unsafe_routes_counts"
+MONITORED_ATTRIBUTE = "unsafe_routes_monitored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +92,24 @@ class StepReport:
 
     Attributes:
         progress: of each resident request of the step.
+        monitored: of each request with prompt tokens in the step, a `prompt_monitor.Piece`, with `--route-monitor`.
         copies: values of `progress` that are still on their way from the device.
 
     """
 
     def __init__(self) -> None:
         self.progress: dict[str, StepProgress] = {}
+        self.monitored: dict[str, Any] = {}
         self.copies = HostCopies()
 
     def hang_on(self, output: Any, counts: RouteCounts | None) -> None:
         """Hang the report and counts on an output, at once or when an asynchronous output is ready; starts an empty report."""
-        values = {PROGRESS_ATTRIBUTE: self.progress, COUNTS_ATTRIBUTE: counts}
-        values = {name: value for name, value in values.items() if value}
+        values = {PROGRESS_ATTRIBUTE: self.progress, COUNTS_ATTRIBUTE: counts, MONITORED_ATTRIBUTE: self.monitored}
+        # What is monitored stands on the host only when the copies are there.
+        values = {name: value for name, value in values.items() if value or (name == MONITORED_ATTRIBUTE and self.copies)}
         if not values:
             return
-        copies, self.progress, self.copies = self.copies, {}, HostCopies()
+        copies, self.progress, self.monitored, self.copies = self.copies, {}, {}, HostCopies()
 
         def hang(ready: Any) -> Any:
             copies.resolve()

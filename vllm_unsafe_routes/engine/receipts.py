@@ -14,6 +14,7 @@ from ..policy import ActivePolicy
 from ..receipt import RECEIPT_KEY
 from .cache import RouteContext
 from .progress import RoutesSet, StepProgress
+from .prompt_monitor import Piece, PromptScores
 
 
 class _Open:
@@ -24,9 +25,10 @@ class _Open:
 
     """
 
-    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "logits", "routes", "scores", "scores_are_new")
+    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "logits", "monitor", "routes", "scores", "scores_are_new")
 
     def __init__(self, context: RouteContext | None) -> None:
+        self.monitor: dict[str, Any] | None = None
         self.start(context, ())
 
     def start(self, context: RouteContext | None, earlier: tuple[str | None, ...]) -> None:
@@ -79,6 +81,8 @@ class _Open:
         if self.chunks:
             news["chunks"] = [(start, *ids.shape, ids.tobytes(), weights.tobytes()) for start, ids, weights in self.chunks]
             self.chunks = []
+        if self.monitor is not None:
+            news["monitor"], self.monitor = self.monitor, None
         if self.logits:
             news["logits"] = [(start, *values.shape, values.tobytes()) for start, values in self.logits]
             self.logits = []
@@ -89,10 +93,16 @@ class _Open:
 
 
 class ReceiptBook:
-    """The receipts of one scheduler's requests."""
+    """The receipts of one scheduler's requests.
 
-    def __init__(self) -> None:
+    Args:
+        scores: of all requests' prompts, where a probe is served.
+
+    """
+
+    def __init__(self, scores: PromptScores | None = None) -> None:
         self._open: dict[str, _Open] = {}
+        self.scores = scores
 
     def __len__(self) -> int:
         """Requests whose receipt is under way."""
@@ -111,6 +121,14 @@ class ReceiptBook:
         """These (None: all) have ended, and nobody waits for more of their outputs."""
         for req_id in list(self._open) if req_ids is None else req_ids:
             self._open.pop(req_id, None)
+        if self.scores is not None:
+            self.scores.forget(req_ids)
+
+    def absorb_monitored(self, pieces: Mapping[str, Piece]) -> None:
+        """Take what a worker says of the prompts in a step."""
+        if self.scores is not None:
+            for req_id, said in self.scores.add(pieces).items():
+                self._open.setdefault(req_id, _Open(None)).monitor = said
 
     def absorb(self, progress: Mapping[str, StepProgress]) -> None:
         """Take what a worker says of a step."""

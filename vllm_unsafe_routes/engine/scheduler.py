@@ -18,7 +18,8 @@ from ..policy import ActivePolicy
 from ..table import Ledger
 from .cache import CONTEXT_ATTRIBUTE, RequestContexts, RouteContext, context_of
 from .config import model_shape, route_config
-from .progress import COUNTS_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts
+from .progress import COUNTS_ATTRIBUTE, MONITORED_ATTRIBUTE, PROGRESS_ATTRIBUTE, RouteCounts
+from .prompt_monitor import PromptScores
 from .receipts import ReceiptBook
 
 
@@ -49,7 +50,8 @@ class RouteAdmission:
         # In the order in which they enter the scheduler, which is its own.
         self._held: list[Any] = []
         self._by_priority = scheduler.policy is SchedulingPolicy.PRIORITY
-        self.receipts = ReceiptBook()
+        probe = config.load_monitor()
+        self.receipts = ReceiptBook(None if probe is None else PromptScores(probe))
 
     def _new_ledger(self, compiler: PlanCompiler) -> Ledger:
         self._num_policy_rows = sum(row is not None for row in compiler.policy_rows())
@@ -212,3 +214,4 @@ class RouteAdmission:
         self.counts = getattr(model_runner_output, COUNTS_ATTRIBUTE, None) or self.counts
         self.counts_are_stale = True
         self.receipts.absorb(getattr(model_runner_output, PROGRESS_ATTRIBUTE, None) or {})
+        self.receipts.absorb_monitored(getattr(model_runner_output, MONITORED_ATTRIBUTE, None) or {})

@@ -174,6 +174,12 @@ FEATURES = (
 )
 
 
+_NOT_MONITORED = {
+    "pipeline_parallel_size": "each rank has the routes of its own layers",
+    "data_parallel_size": "nobody has tried it",
+}
+
+
 def check_supported(vllm_config: Any, config: RouteConfig) -> None:
     """Refuse what a policy, or plans where they are on, cannot be kept under.
 
@@ -183,6 +189,10 @@ def check_supported(vllm_config: Any, config: RouteConfig) -> None:
     """
     if config.router_logits_mib is not None and vllm_config.speculative_config is not None:
         raise RouteError("--router-logits-mib does not go with speculation: logits of rejected drafts would come back")
+    for name, why in _NOT_MONITORED.items():
+        value = getattr(vllm_config.parallel_config, name)
+        if config.monitor is not None and value > 1:
+            raise RouteError(f"--route-monitor cannot score prompts with {name}={value}: {why}")
     for feature in FEATURES:
         asked = feature.asked(vllm_config)
         if asked is None:

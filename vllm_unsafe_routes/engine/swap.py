@@ -198,6 +198,8 @@ def route_status(core: Any, admission: Any) -> dict[str, Any]:
         "table": admission.table_use(),
         "held_requests": admission.num_held,
         "refused": admission.num_refused,
+        "scored_prompts": 0 if admission.receipts.scores is None else admission.receipts.scores.num_scored,
+        "flagged_prompts": 0 if admission.receipts.scores is None else admission.receipts.scores.num_flagged,
         "counts": None if admission.counts is None else admission.counts.to_dict(),
     }
 

@@ -31,6 +31,7 @@ from .log import logger_of
 from .logits_capture import LogitsCapture
 from .policy_rows import PolicyRows
 from .progress import RouteCounts, StepReport
+from .prompt_monitor import PromptMonitor
 from .router import RouterHooks, RouterState, Routing, controllers
 from .row_index import RowIndex
 from .scoring import Scoring
@@ -89,13 +90,8 @@ class RouteController:
         # With fused gating keeping the picks costs a launch a layer, so an engine that starts without a policy never does.
         kept = () if hooks.fused and config.policy is None else local_slots
         self._counts = PolicyCounts(shape, self.watch.sums, self._index, local_slots, kept if state.always else None)
-        usage = None if config.usage is None else ExpertUsage(config.usage, shape, self.capacity, local_slots, device)
-        self.capture = self._scoring = self.shared = None
-        logits = None
-        if config.router_logits_mib is not None:
-            logits = LogitsCapture(shape, self.capacity, local_slots, device, state.always)
-        if config.allow_overrides or usage is not None:
-            self.capture = RouteCapture((num_layers, self.capacity, shape.top_k), device, state.always, local_slots, usage, logits)
+        self._scoring = self.shared = None
+        self.capture = _capture(config, shape, self.capacity, local_slots, device, state.always)
         if config.allow_overrides:
             self._scoring = Scoring(vllm_config.model_config.get_vocab_size())
             if can_share_rows(vllm_config, device):
@@ -140,8 +136,8 @@ class RouteController:
         """Follow the scheduler: forget finished requests, take in new ones, note what this step computes."""
         self.step = NO_STEP
         self._requests.follow(scheduler_output, self._take_in_new, self._forget)
-        if self.capture is not None and self.capture.usage is not None:
-            self.capture.usage.follow(scheduler_output)
+        if self.capture is not None:
+            self.capture.follow(scheduler_output)
 
     def _take_in_new(self, new: Any) -> None:
         extras = RouteExtras.parse(new.sampling_params.extra_args if new.sampling_params is not None else None)
@@ -293,6 +289,22 @@ def controller_of(worker: Any) -> RouteController:
     return controller
 
 
+def _capture(
+    config: RouteConfig, shape: ModelShape, capacity: int, local_slots: Sequence[int], device: torch.device, always: bool
+) -> RouteCapture | None:
+    """What is captured of the routes, None where nobody may want any."""
+    usage = None if config.usage is None else ExpertUsage(config.usage, shape, capacity, local_slots, device)
+    probe = config.load_monitor()
+    monitor = None if probe is None else PromptMonitor(probe, device)
+    logits = None
+    if config.router_logits_mib is not None:
+        logits = LogitsCapture(shape, capacity, local_slots, device, always)
+    if not config.allow_overrides and usage is None and monitor is None:
+        return None
+    size = (len(shape.moe_layers), capacity, shape.top_k)
+    return RouteCapture(size, device, always, local_slots, usage, logits, monitor)
+
+
 def _hooks(config: RouteConfig, state: RouterState, jitter: LogitJitter | None) -> RouterHooks:
     return RouterHooks(
         handle=next(_handles),
@@ -301,7 +313,7 @@ def _hooks(config: RouteConfig, state: RouterState, jitter: LogitJitter | None) 
         jittered_slots=frozenset() if jitter is None else jitter.slots,
         at_logits=config.seam == "logits",
         has_plans=config.allow_overrides,
-        has_usage=config.usage is not None,
+        has_usage=config.usage is not None or config.monitor is not None,
     )
 
 
