@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, unchanged, against a real server of the lab model, without a policy and under one."""
+"""EleutherAI's lm-eval, unchanged, against a real server of the lab model: under a plan, under a policy, under neither."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from inspect_runs import PLAN
 from servers import server
 
 from vllm_unsafe_routes import RoutePolicy
@@ -28,8 +29,11 @@ NUM_PROMPTS = 12
 POLICY = {"version": "route-policy/1", "layers": {str(layer): {"disabled": list(range(12))} for layer in range(4)}}
 
 
-def figures(folder, *flags):
-    """What lm-eval reports of a server with these flags: exact match and accuracy; and the server's digest of its policy."""
+def figures(folder, *flags, plan=None):
+    """What lm-eval reports of a server with these flags: exact match and accuracy; and the server's digest of its policy.
+
+    With a plan, the server's own count of accepted plans stands in the policy's place.
+    """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     make = [sys.executable, "-P", str(ROOT / "benchmarks" / "lm_eval" / "make_tasks.py"), "--out", str(folder / "tasks")]
     subprocess.run([*make, "--limit", str(NUM_PROMPTS)], env=env, check=True, timeout=120)
@@ -38,16 +42,20 @@ def figures(folder, *flags):
         command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "local-completions", "--apply_chat_template"]
         command += ["--tasks", "lab_answer,lab_choice", "--include_path", str(folder / "tasks")]
         arguments = f"model=tiny,base_url={started.url}/v1/completions,tokenizer_backend=huggingface,tokenizer={model_path()}"
+        if plan is not None:
+            command += ["--gen_kwargs", json.dumps({"vllm_xargs": {"route_plan": plan.to_string()}})]
         command += ["--output_path", str(folder / "figures.json"), "--model_args", f"{arguments},max_length=256"]
         done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-5000:]
         answer = started.client.completions.create(model="tiny", prompt="<bos>", max_tokens=1)
+        accepted = started.metrics().get("vllm:unsafe_routes_plans_accepted_total")
     (written,) = folder.glob("figures*.json")
     report = json.loads(written.read_text())
     assert report["n-samples"]["lab_answer"]["effective"] == report["n-samples"]["lab_choice"]["effective"] == NUM_PROMPTS
     receipt = (getattr(answer, "kv_transfer_params", None) or {}).get("unsafe_routes")
     policy = Receipt.from_dict(receipt).policy if receipt else None
-    return report["results"]["lab_answer"]["exact_match,stripped"], report["results"]["lab_choice"]["acc,none"], policy
+    found = report["results"]["lab_answer"]["exact_match,stripped"], report["results"]["lab_choice"]["acc,none"]
+    return *found, policy if plan is None else accepted
 
 
 def test_utility_of_the_undefended_model(tmp_path):
@@ -60,3 +68,10 @@ def test_utility_under_a_policy(tmp_path):
     exact_match, accuracy, policy = figures(tmp_path, "--route-policy", str(path))
     assert policy == RoutePolicy.from_json(POLICY).digest
     assert 0 <= exact_match <= 1 and 0 <= accuracy <= 1
+
+
+def test_utility_under_a_plan(tmp_path):
+    """Plans go where text is generated; log-probabilities are asked for without `gen_kwargs`."""
+    exact_match, accuracy, accepted = figures(tmp_path, "--enable-route-overrides", plan=PLAN)
+    assert accepted == NUM_PROMPTS
+    assert 0 <= exact_match <= 1 and accuracy == 1
