@@ -43,9 +43,9 @@ DERIVE = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --no
 JUDGES = {None: "by topic", "refusal-phrases": "by phrases"}
 LABELS = {
     "none": "no attack",
-    "random-masks": "random masks",
-    "random-layers": "best masks of random layers",
     "rosais": "best masks of the top RoSais layers",
+    "random-layers": "best masks of random layers",
+    "random-masks": "random masks",
 }
 
 
@@ -144,18 +144,24 @@ class Campaigns:
 
 def answers(out: Path) -> Iterator[tuple[str, Any]]:
     """(attack, try) of every answer under every judge."""
+    for folder in ("masks", "masks-dataset"):
+        kind = ", one for all prompts" if folder == "masks-dataset" else ""
+        found = [one for one in finished(out / folder) if not (kind and one.attack == "none")]
+        order = {f"{attack}{end}": at for at, attack in enumerate(LABELS) for end in ("", "-dataset")}
+        for one in sorted(found, key=lambda one: (order[one.attack], one.level or 0)):
+            yield LABELS[one.attack.removesuffix("-dataset")] + (f", {one.level}" if one.level else "") + kind, one
+    for kind in ("adaptive", "paper", "code", *PRESETS):
+        for one in finished(out / f"fsour-{kind}"):
+            if one.attack != "none":
+                yield f"F-SOUR, adaptive, preset {kind}" if kind in PRESETS else f"F-SOUR, {kind}", one
+
+
+def finished(folder: Path) -> list[Any]:
+    """The tries of a campaign that has ended."""
     from vllm_unsafe_routes.study.records import Record, read
     from vllm_unsafe_routes.study.summary import tries
 
-    folders = ["masks", "masks-dataset", *(f"fsour-{name}" for name in ("adaptive", "paper", "code", *PRESETS))]
-    for folder in folders:
-        for one in tries(read(out / folder, Record)) if (out / folder / "summary.json").exists() else []:
-            kind = folder.partition("-")[2]
-            if folder.startswith("fsour"):
-                if one.attack != "none":
-                    yield f"F-SOUR, adaptive, preset {kind}" if kind in PRESETS else f"F-SOUR, {kind}", one
-            elif not kind or one.attack != "none":
-                yield LABELS[one.attack] + (f", {one.level}" if one.level else "") + (", one for all prompts" if kind else ""), one
+    return list(tries(read(folder, Record))) if (folder / "summary.json").exists() else []
 
 
 def defences(out: Path) -> Rows:
