@@ -66,8 +66,6 @@ def assert_same(outputs, others, tolerance=1e-5):
 def test_a_policy_does_there_what_it_does_at_the_router(family, tiny_model):
     folder = tiny_model(family)
     policy = policy_for(shape_of(folder))
-    for entry in policy["layers"].values():
-        del entry["bias"]  # what it moves cannot be counted
     said = []
     for routes in ({}, LOGITS):
         with engine(folder, {"policy": policy, **routes}, **SETTINGS.get(family, {})) as llm:
@@ -246,6 +244,8 @@ def test_a_kernel_that_cannot_be_controlled_stops_the_engine(family, leaks, rout
 def test_observing_changes_nothing(tiny_model):
     folder = tiny_model("olmoe")
     policy = policy_for(shape_of(folder))
+    for entry in policy["layers"].values():
+        del entry["bias"]  # what it moves cannot be counted
     said = []
     for routes in ({"policy_mode": "observe"}, {"policy_mode": "observe", **LOGITS}):
         with engine(folder, {"policy": policy, **routes}) as llm:

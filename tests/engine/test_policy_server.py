@@ -137,7 +137,7 @@ FAULTS = {
     "another model": ({**POLICY["b"], "model": "feedfacefeedface"}, "the policy is for model feedfacefeedface"),
     "bans too much": ({"version": "route-policy/1", "layers": {"1": {"disabled": list(range(13))}}}, "3 experts left, top_k 4"),
     "unknown layer": ({"version": "route-policy/1", "layers": {"9": {"disabled": [1]}}}, "policy layer 9 has no experts"),
-    "unknown version": ({"version": "route-policy/2", "layers": {}}, "policy version 'route-policy/2'"),
+    "unknown version": ({"version": "route-policy/3", "layers": {}}, "policy version 'route-policy/3'"),
     "no layers": ({"version": "route-policy/1"}, "policy layers must be an object"),
 }
 

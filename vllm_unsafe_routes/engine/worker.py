@@ -225,7 +225,7 @@ class RouteController:
         if self._counts.is_on:
             self._counts.collect(step)
         report.progress = {part.req_id: news for part in step.parts if (news := part.resident.news()) is not None}
-        if self.capture is not None and self.capture.is_on:
+        if step.num_tokens and self.capture is not None and self.capture.is_on:
             self.capture.collect(step, report)
         if self._scoring is not None and step.parts and hidden_states is not None:
             self._scoring.collect(step, report, model, hidden_states)
