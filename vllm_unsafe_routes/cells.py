@@ -174,7 +174,7 @@ class Cells:
         self._refuse((chosen & banned[moves[:, LAYER]]).any(1), "an expert is disabled by the engine's policy")
         self._refuse((protected[moves[:, LAYER]] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
         if self.chooses:
-            if policy is not None and any(entry.bias for entry in policy.layers.values()):
+            if policy is not None and policy.has_bias:
                 raise RouteError("moves whose tokens choose among experts know no policy's bias")
             self._refuse((chosen & _disabled(plan, shape)[moves[:, LAYER]]).any(1), "an expert is disabled by the base plan")
 

@@ -58,7 +58,11 @@ class RouteProbe:
 
     def score(self, counts: npt.NDArray[Any], num_tokens: int) -> float:
         """The score of a prompt of `num_tokens` tokens; `counts` is [num_moe_layers, num_experts], tokens routed to each expert."""
-        return self.bias + float((self.weights * counts).sum()) / num_tokens
+        return self.score_of_sum(float((self.weights * counts).sum()), num_tokens)
+
+    def score_of_sum(self, total: float, num_tokens: int) -> float:
+        """The score of a prompt of `num_tokens` tokens, from the sum of the weights of their experts."""
+        return self.bias + total / num_tokens
 
     def validate(self, shape: ModelShape) -> None:
         """Raise `RouteError` if it is for another model."""

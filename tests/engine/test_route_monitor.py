@@ -16,7 +16,7 @@ from tiny_models import VOCAB_SIZE
 from vllm_unsafe_routes import ModelShape, RouteError, receipt_of
 from vllm_unsafe_routes.engine.router import controllers
 from vllm_unsafe_routes.route_probe import RouteProbe
-from vllm_unsafe_routes.search.routescan import expert_counts
+from vllm_unsafe_routes.search.usage import expert_counts
 
 
 @pytest.fixture(scope="module")

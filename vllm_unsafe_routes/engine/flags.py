@@ -115,10 +115,11 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
     if not isinstance(section, Mapping):
         raise RouteError(f"additional_config[{CONFIG_KEY!r}] must be an object, got {section!r}")
     section = dict(section)
-    if policy is not None:
-        if section.get("policy") not in (None, policy):
-            raise RouteError("--route-policy and additional_config['unsafe_routes']['policy'] both name a policy; keep one")
-        section["policy"] = policy
+    for name, what, path in (("policy", "policy", policy), ("monitor", "probe", monitor)):
+        if path is not None:
+            if section.get(name) not in (None, path):
+                raise RouteError(f"--route-{name} and additional_config['unsafe_routes']['{name}'] both name a {what}; keep one")
+            section[name] = path
     if mode is not None:
         if section.get("policy_mode", mode) != mode:
             raise RouteError(
@@ -139,10 +140,6 @@ def merge_cli_arguments(additional_config: dict[str, Any], args: argparse.Namesp
         if section.get("usage", usage) != usage:
             raise RouteError("--route-usage and additional_config['unsafe_routes']['usage'] are both given; keep one")
         section["usage"] = usage
-    if monitor is not None:
-        if section.get("monitor") not in (None, monitor):
-            raise RouteError("--route-monitor and additional_config['unsafe_routes']['monitor'] both name a probe; keep one")
-        section["monitor"] = monitor
     if logits_mib is not None:
         if section.get("router_logits_mib", logits_mib) != logits_mib:
             raise RouteError("--router-logits-mib and additional_config['unsafe_routes']['router_logits_mib'] differ; keep one")

@@ -15,7 +15,7 @@ import torch
 
 from ..route_probe import RouteProbe
 from .progress import StepReport
-from .step import Step
+from .step import Step, first_positions, first_tokens
 
 
 class Piece(NamedTuple):
@@ -61,13 +61,9 @@ class PromptMonitor:
         """Forget finished requests, know new ones, and see which prompt tokens the coming step computes."""
         for req_id in scheduler_output.finished_req_ids:
             self._prompt_len.pop(req_id, None)
-        cached = scheduler_output.scheduled_cached_reqs
-        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for new in scheduler_output.scheduled_new_reqs:
-            self._prompt_len[new.req_id] = new.prompt_len
-            starts[new.req_id] = new.num_computed_tokens
+        self._prompt_len.update((new.req_id, new.prompt_len) for new in scheduler_output.scheduled_new_reqs)
         self._due = {}
-        for req_id, start in starts.items():
+        for req_id, start in first_positions(scheduler_output).items():
             left = self._prompt_len.get(req_id, 0) - start
             if left > 0:
                 self._due[req_id] = (start, min(left, scheduler_output.num_scheduled_tokens[req_id]))
@@ -78,11 +74,8 @@ class PromptMonitor:
             return
         index = route_ids[:, : step.num_tokens].long() + 1
         by_token = self._weights.gather(1, index.flatten(1)).view(index.shape).sum((0, 2))
-        pieces, first = {}, 0
-        for req_id in step.req_ids:
-            if req_id in self._due:
-                pieces[req_id] = (first, *self._due[req_id])
-            first += step.num_scheduled[req_id]
+        firsts = first_tokens(step.req_ids, step.num_scheduled)
+        pieces = {req_id: (first, *self._due[req_id]) for req_id, first in firsts if req_id in self._due}
         ends = {req_id: start + count == self._prompt_len[req_id] for req_id, (_, start, count) in pieces.items()}
         monitored = report.monitored
 
@@ -125,7 +118,7 @@ class PromptScores:
 
     def _score(self, pieces: list[Piece]) -> dict[str, Any]:
         num_tokens = sum(piece.num_tokens for piece in pieces)
-        score = self._probe.bias + sum(piece.total for piece in pieces) / num_tokens
+        score = self._probe.score_of_sum(sum(piece.total for piece in pieces), num_tokens)
         flagged = score > self._probe.threshold
         self.num_scored += 1
         self.num_flagged += flagged

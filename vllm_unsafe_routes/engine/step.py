@@ -111,6 +111,19 @@ class Step(NamedTuple):
 NO_STEP = Step((), (), {}, 0)
 
 
+def first_positions(scheduler_output: Any) -> dict[str, int]:
+    """Request -> first position that the coming forward pass computes, as the scheduler has it."""
+    cached = scheduler_output.scheduled_cached_reqs
+    computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    computed.update((new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs)
+    return computed
+
+
+def first_tokens(req_ids: Sequence[str], num_scheduled: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Each request of a batch, in its order, and where its tokens begin among those of the batch."""
+    return zip(req_ids, itertools.accumulate((num_scheduled[req_id] for req_id in req_ids), initial=0), strict=False)
+
+
 class Requests:
     """The requests that this worker has to know, followed by the scheduler's outputs."""
 
@@ -147,9 +160,7 @@ class Requests:
         self._num_scheduled = scheduler_output.num_scheduled_tokens
         if not self._resident:
             return
-        cached = scheduler_output.scheduled_cached_reqs
-        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        computed.update((new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs)
+        computed = first_positions(scheduler_output)
         for req_id, num_tokens in self._num_scheduled.items():
             resident = self._resident.get(req_id)
             if resident is not None:
@@ -162,10 +173,9 @@ class Requests:
         scheduled = self._num_scheduled
         parts = []
         if self._starts:
-            firsts = itertools.accumulate((scheduled[req_id] for req_id in req_ids), initial=0)
             parts = [
                 Part(req_id, self._resident[req_id], self._starts[req_id], scheduled[req_id], first)
-                for req_id, first in zip(req_ids, firsts, strict=False)
+                for req_id, first in first_tokens(req_ids, scheduled)
                 if req_id in self._starts
             ]
         return Step(parts, req_ids, scheduled, sum(scheduled.values()), query_start_loc, positions)

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from ..errors import RouteError
 from ..evaluation.statistics import auroc
-from ..extras import RouteExtras
 from ..route_probe import RouteProbe
 from ..shape import ModelShape
-from .backend import Backend, Request, Search
+from .backend import Backend, Search
+from .usage import usage
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,17 +53,9 @@ class ProbeSettings:
 
 def expert_load(backend: Backend, prompts: Sequence[Sequence[int]]) -> Search[Floats]:
     """Share of each prompt's tokens that each expert gets, float64 [num_prompts, num_moe_layers, num_experts]."""
-    responses = yield [Request(prompt, RouteExtras(wants_routes=True)) for prompt in prompts]
-    loads = []
-    for response, prompt in zip(responses, prompts, strict=True):
-        counts = expert_counts(np.asarray(response.route_ids)[: len(prompt)], backend.shape.num_experts)
-        loads.append(counts / len(prompt))
-    return np.stack(loads)
-
-
-def expert_counts(routes: npt.NDArray[np.int32], num_experts: int) -> npt.NDArray[np.int64]:
-    """Tokens that each expert gets, int64 [layers, num_experts], of routes [tokens, layers, top_k]."""
-    return np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in routes.transpose(1, 0, 2)])
+    found = yield from usage(backend, prompts)
+    load: Floats = found.counts / found.tokens[:, None, None]
+    return load
 
 
 def fit_probe(shape: ModelShape, first: Floats, second: Floats, settings: ProbeSettings | None = None) -> RouteProbe:

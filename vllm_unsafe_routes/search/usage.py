@@ -35,9 +35,11 @@ class Usage:
 def usage(backend: Backend, prompts: Sequence[Sequence[int]]) -> Search[Usage]:
     """The experts of each prompt's tokens, from its token ids; nothing is generated that counts."""
     responses = yield [Request(prompt, RouteExtras(wants_routes=True)) for prompt in prompts]
-    experts = np.arange(backend.shape.num_experts)
-    counts = []
-    for one, prompt in zip(responses, prompts, strict=True):
-        routes = np.asarray(one.route_ids)[: len(prompt), :, :, None]
-        counts.append((routes == experts).any(2).sum(0))
+    routes = [np.asarray(one.route_ids)[: len(prompt)] for one, prompt in zip(responses, prompts, strict=True)]
+    counts = [expert_counts(one, backend.shape.num_experts) for one in routes]
     return Usage(np.array(counts, np.int64), np.array([len(prompt) for prompt in prompts], np.int64))
+
+
+def expert_counts(routes: npt.NDArray[np.int32], num_experts: int) -> npt.NDArray[np.int64]:
+    """Tokens that each expert gets, int64 [layers, num_experts], of routes [tokens, layers, top_k]."""
+    return np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in routes.transpose(1, 0, 2)])
