@@ -158,8 +158,8 @@ def test_what_a_mask_cannot_say_is_refused_by_name(with_plans):
             {"policy": {"version": "route-policy/1", "layers": {"2": {"disabled": [0]}}, "weights": "native"}},
             "policy weights 'native' cannot be kept with seam 'logits'",
         ),
-        ("olmoe", {"allow_overrides": True, "gating": "fused"}, "gating 'fused' and usage need routers, which nobody"),
-        ("olmoe", {"usage": []}, "gating 'fused' and usage need routers, which nobody asks with seam 'logits'"),
+        ("olmoe", {"allow_overrides": True, "gating": "fused"}, "gating 'fused', usage and monitor need routers"),
+        ("olmoe", {"usage": []}, "gating 'fused', usage and monitor need routers, which nobody asks with seam 'logits'"),
     ],
 )
 def test_an_engine_that_could_not_keep_its_word_does_not_start(family, routes, message, tiny_model):
