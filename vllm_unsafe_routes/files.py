@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .errors import RouteError
+
+T = TypeVar("T")
 
 FULL = {
     errno.ENOSPC: "the disk is full",
@@ -20,6 +25,32 @@ def file_error(path: Path, doing: str, error: OSError, kind: type[RouteError] = 
     reason = FULL.get(error.errno or 0)
     detail = f"{reason} ({error.strerror})" if reason else (error.strerror or str(error))
     return kind(f"{path}: {doing}: {detail}")
+
+
+def read_file(path: str | os.PathLike[str], what: str, read: Callable[[str], T]) -> T:
+    """What `read` makes of a file's text.
+
+    Raises:
+        RouteError: there is no such file, it is not UTF-8, or what `read` raised; says `what` it is and names the path.
+
+    """
+    try:
+        return read(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RouteError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except RouteError as error:
+        raise RouteError(f"{what} {path}: {error}") from None
+
+
+def read_object(path: Path, what: str, kind: type[RouteError] = RouteError) -> dict[str, Any]:
+    """The JSON object in a file. Raises an error of class `kind`, which says `what` the file is, where there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise kind(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(document, dict):
+        raise kind(f"{what} {path} is not a JSON object")
+    return document
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from .directive import integers, numbers
 from .errors import RouteError
+from .files import read_file, write_atomically
 from .plan import WEIGHT_MODES
 from .shape import ModelShape
 from .wire import read_document, reject_unknown_keys
@@ -109,18 +110,11 @@ class RoutePolicy:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutePolicy:
         """Read a policy file. Raises `RouteError` naming the file for anything that is wrong with it."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RouteError(f"policy file {path} cannot be read: {error}") from None
-        try:
-            return cls.from_json(text)
-        except RouteError as error:
-            raise RouteError(f"policy file {path}: {error}") from None
+        return read_file(path, "policy file", cls.from_json)
 
     def save(self, path: str | Path) -> None:
-        """Write the policy as readable JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the policy as readable JSON, whole or not at all."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> RoutePolicy:

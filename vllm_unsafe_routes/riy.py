@@ -19,10 +19,10 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .errors import RouteError
+from .files import read_file
 from .policy import LayerPolicy, RoutePolicy
 from .shape import ModelShape
 
@@ -86,14 +86,7 @@ def riy_of_policy(policy: RoutePolicy) -> dict[str, Any]:
 
 def load_riy(path: str | os.PathLike[str], shape: ModelShape) -> RoutePolicy:
     """Read a profile's file; see `policy_of_riy`, whose errors name the file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RouteError(f"RIY profile {path} cannot be read: {error}") from None
-    try:
-        return policy_of_riy(text, shape)
-    except RouteError as error:
-        raise RouteError(f"{path}: {error}") from None
+    return read_file(path, "RIY profile", lambda text: policy_of_riy(text, shape))
 
 
 def _object(profile: str | bytes | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import RouteError
-from .files import write_atomically
+from .files import read_file, write_atomically
 from .shape import ModelShape
 from .wire import read_document
 
@@ -111,12 +111,7 @@ class RouteProbe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouteProbe:
         """Read a probe file. Raises `RouteError`, naming the path."""
-        try:
-            return cls.from_json(Path(path).read_bytes())
-        except OSError as error:
-            raise RouteError(f"probe {path} cannot be read: {error.strerror}") from None
-        except RouteError as error:
-            raise RouteError(f"probe {path}: {error}") from None
+        return read_file(path, "probe", cls.from_json)
 
 
 def _number(value: Any, key: str) -> float:

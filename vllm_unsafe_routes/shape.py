@@ -91,7 +91,7 @@ class ModelShape:
 
     @classmethod
     def from_hf_config(cls, config: Any) -> ModelShape:
-        """Read the shape from a Hugging Face config (an object with attributes, or a mapping).
+        """Read the shape from a Hugging Face config (an object with attributes, or a mapping), of several parts from its text part.
 
         Raises:
             RouteError: the config names no experts, or a key has no meaning that is known here.
@@ -127,6 +127,10 @@ def _reader(config: Any) -> Callable[[str], Any]:
     def look(part: Any, name: str) -> Any:
         return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
 
+    text = look(config, "text_config")
+    if isinstance(config, Mapping) and not isinstance(text, Mapping | None):
+        raise RouteError("model config part text_config is not a JSON object")
+    config = config if text is None else text
     parts = [config, *(part for name in _MOE_PARTS if (part := look(config, name)) is not None)]
     return lambda name: next((value for part in parts if (value := look(part, name)) is not None), None)
 

@@ -12,6 +12,7 @@ from house import KERNELS, PACKAGE, ROOT, SOURCES, Import, imports
 # What the front end needs to check a plan, and what a user without an engine needs to write one.
 PURE = (
     "errors",
+    "files",
     "shape",
     "directive",
     "binding",

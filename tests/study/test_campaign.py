@@ -118,6 +118,15 @@ def test_other_settings_are_refused_by_name(tmp_path, settings, message):
     Campaign(tmp_path, SETTINGS).close()
 
 
+def test_a_folder_may_be_older_than_a_setting(tmp_path):
+    """What it does not name it was made with; another value is another campaign."""
+    filled(tmp_path)
+    later = {"masks.weights": "masked"}
+    Campaign(tmp_path, {**SETTINGS, "masks": {"weights": "masked"}}, later=later).close()
+    with pytest.raises(CampaignError, match=r'masks\.weights: was "masked", now "native"'):
+        Campaign(tmp_path, {**SETTINGS, "masks": {"weights": "native"}}, later=later)
+
+
 def test_resuming_can_be_refused(tmp_path):
     Campaign(tmp_path, SETTINGS, resume=False).close()
     with pytest.raises(CampaignError, match="already holds a campaign"):
@@ -131,9 +140,14 @@ def test_results_without_settings_are_refused(tmp_path, name):
         Campaign(tmp_path, SETTINGS)
 
 
-def test_damaged_settings_are_refused(tmp_path):
-    (tmp_path / "settings.json").write_text('{"seed": ')
-    with pytest.raises(CampaignError, match=r"settings\.json cannot be read"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"seed": ', "cannot be read"), ("[" * 100_000, "cannot be read"), ("[7]", "is not a JSON object")],
+    ids=["cut off", "too deep", "a list"],
+)
+def test_damaged_settings_are_refused(tmp_path, content, message):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(CampaignError, match=rf"settings\.json {message}"):
         Campaign(tmp_path, SETTINGS)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import architectures
-from ..errors import RouteError
+from ..files import read_file, read_object
 from ..lab import model_path
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
@@ -47,10 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(table) if args.json else architectures.text(table))
         return 0
     config = _read_config(args.model)
-    text_config = config.get("text_config", config)
-    if not isinstance(text_config, dict):
-        raise RouteError(f"model config {args.model} is not a JSON object")
-    shape = ModelShape.from_hf_config(text_config)
+    shape = ModelShape.from_hf_config(config)
     facts = show.facts_of(shape)
     if names := config.get("architectures"):
         facts["architectures"] = architectures.facts(names)
@@ -60,10 +57,7 @@ def run(args: argparse.Namespace) -> int:
         facts["policy"] = policy.digest
         facts["policy_says"] = policy.describe()
     if args.plan:
-        try:
-            plan = RoutePlan.from_string(args.plan.read_text(encoding="utf-8").strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise RouteError(f"plan file {args.plan} cannot be read: {error}") from None
+        plan = read_file(args.plan, "plan file", lambda text: RoutePlan.from_string(text.strip()))
         compiled = compiler.compile(plan)
         facts["plan"] = plan.digest
         facts["plan_directives"] = len(plan)
@@ -82,11 +76,4 @@ def run(args: argparse.Namespace) -> int:
 def _read_config(model: Path) -> dict[str, Any]:
     if str(model) == LAB:
         model = model_path()
-    path = model / "config.json" if model.is_dir() else model
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RouteError(f"model config {path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise RouteError(f"model config {path} is not a JSON object")
-    return config
+    return read_object(model / "config.json" if model.is_dir() else model, "model config")

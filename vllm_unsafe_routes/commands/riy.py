@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouteError
+from ..files import read_object
 from ..policy import POLICY_VERSION, RoutePolicy
 from ..riy import load_riy, riy_of_policy
 from ..study.model import Model
@@ -44,8 +44,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_policy(path: Path) -> bool:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RouteError(f"{path} cannot be read: {error}") from None
-    return isinstance(document, dict) and str(document.get("version", "")).startswith(POLICY_VERSION.partition("/")[0])
+    return str(read_object(path, "profile").get("version", "")).startswith(POLICY_VERSION.partition("/")[0])

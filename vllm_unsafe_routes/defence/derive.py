@@ -206,7 +206,7 @@ def _own_settings(
         "greedy_bans": study.greedy.bans,
         "greedy_weight": study.greedy.weight,
         "greedy_harmless": study.greedy.harmless,
-        **({"bias": study.greedy.steps} if study.greedy.steps else {}),
+        "bias": study.greedy.steps,
         "keep": study.keep,
         "fsour": str(_fsour(study)),
         "utility": {kind: len(found) for kind, found in harmless.items()},

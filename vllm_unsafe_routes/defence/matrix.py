@@ -185,14 +185,13 @@ class _Matrix:
 
     def own_settings(self) -> dict[str, Any]:
         """What decides the results, as the run's folder has it."""
-        study, search = self.study, asdict(self.search) | {"masks": self.search.masks.written()}
+        study = self.study
         return {
             "attacks": study.attacks,
             "defences": [
                 [one.name, one.policy.digest if one.policy else None, asdict(one.wrapper), one.jitter] for one in study.defences
             ],
-            # Runs from before there was a choice do not have it.
-            **{name: value for name, value in search.items() if name != "answered_first" or value},
+            **asdict(self.search),
             "library_prompts": study.library_prompts,
             "utility": {kind: [record.id for record in records] for kind, records in self.harmless.items()},
             "max_new_tokens": study.judging.max_new_tokens,

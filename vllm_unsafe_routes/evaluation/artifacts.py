@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouteError
-from ..files import write_atomically
+from ..files import read_object, write_atomically
 
 ATTACK_TYPES = ("white_box", "black_box", "transfer", "manual")
 
@@ -198,11 +198,8 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Any], list[Attempt]]:
         ArtifactError: not an artifact; names the file, the entry and the key.
 
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"artifact {path} cannot be read: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("parameters"), dict):
+    document = read_object(Path(path), "artifact", ArtifactError)
+    if not isinstance(document.get("parameters"), dict):
         raise ArtifactError(f"artifact {path} lacks 'parameters'")
     if not isinstance(document.get("jailbreaks"), list):
         raise ArtifactError(f"artifact {path} lacks the list 'jailbreaks'")

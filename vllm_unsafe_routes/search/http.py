@@ -7,7 +7,6 @@ goes to the one with the fewest in flight, and to another if its server dies.
 from __future__ import annotations
 
 import asyncio
-import json
 import queue
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..cells import Cells
 from ..errors import RouteError
+from ..files import read_object
 from ..policy import RoutePolicy
 from ..receipt import receipt_of
 from ..shape import ModelShape
@@ -54,12 +54,7 @@ class HttpBackend:
     ) -> None:
         if not urls:
             raise RouteError("a backend of servers needs at least one URL")
-        path = Path(model) / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RouteError(f"model config {path} cannot be read: {error}") from None
-        self.shape = ModelShape.from_hf_config(config.get("text_config", config))
+        self.shape = ModelShape.from_hf_config(read_object(Path(model) / "config.json", "model config"))
         self.policy = policy
         self._urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self._timeout, self._attempts = timeout, attempts

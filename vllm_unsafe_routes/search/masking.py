@@ -7,8 +7,7 @@ random layers with the best of equally many masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +54,6 @@ class MaskSettings:
         for name in ("num_layers", "num_masks"):
             if getattr(self, name) < 1:
                 raise RouteError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def written(self) -> dict[str, Any]:
-        """As a run's folder has them; folders from before there were other weights do not name them."""
-        settings = asdict(self)
-        return settings if self.weights != "masked" else {name: settings[name] for name in settings if name != "weights"}
 
 
 @dataclass(frozen=True, slots=True)

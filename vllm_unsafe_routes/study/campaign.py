@@ -37,14 +37,14 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from ..errors import RouteError
-from ..files import FULL, file_error, sync_folder, write_atomically
+from ..files import FULL, file_error, read_object, sync_folder, write_atomically
 
 SETTINGS_FILE = "settings.json"
 RECORDS_FILE = "records.jsonl"
@@ -145,7 +145,7 @@ def _take_lock(folder: Path) -> int:
     return lock
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def _check_settings(folder: Path, settings: Mapping[str, Any], later: Mapping[str, Any], resume: bool) -> None:
     """Write the settings of a new folder; refuse those of an old one that differ."""
     path = folder / SETTINGS_FILE
     if not path.exists():
@@ -156,7 +156,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], resume: bool) -> 
         return
     if not resume:
         raise CampaignError(f"{folder} already holds a campaign; resume it or take another folder")
-    lines = _differences(read_settings(folder), settings)
+    lines = _differences({**later, **_leaves(read_settings(folder))}, {**later, **_leaves(settings)})
     if lines:
         raise CampaignError(f"{folder} was made with other settings: {'; '.join(lines)}")
 
@@ -172,12 +172,10 @@ def _leaves(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    old_leaves, new_leaves = _leaves(old), _leaves(new)
+    """Lines about leaves that are not the same."""
     lines = []
-    for name in sorted(old_leaves.keys() | new_leaves.keys()):
-        before, after = (
-            json.dumps(leaves[name], sort_keys=True) if name in leaves else "(absent)" for leaves in (old_leaves, new_leaves)
-        )
+    for name in sorted(old.keys() | new.keys()):
+        before, after = (json.dumps(leaves[name], sort_keys=True) if name in leaves else "(absent)" for leaves in (old, new))
         if before != after:
             lines.append(f"{name}: was {before}, now {after}")
     return lines
@@ -186,15 +184,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings of the campaign in `folder`; needs no lock."""
     path = Path(folder) / SETTINGS_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CampaignError(f"{folder} is not a campaign's folder: it has no {SETTINGS_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise CampaignError(f"{path} cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise CampaignError(f"{path} must hold a JSON object, got {type(settings).__name__}")
-    return settings
+    if not path.exists():
+        raise CampaignError(f"{folder} is not a campaign's folder: it has no {SETTINGS_FILE}")
+    return read_object(path, "settings", CampaignError)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -263,6 +255,7 @@ class Campaign:
     Args:
         folder: made if it is not there.
         settings: everything that decides the results, as JSON values; compared with what the folder was made with.
+        later: settings that folders may be older than, nested names with dots: what one that does not name them was made with.
         resume: False: a folder that already holds a campaign is refused.
         sync_seconds: how much appending a power cut may cost; 0 syncs every record.
         volatile: names of record fields, at any depth, that `results_digest` ignores.
@@ -279,6 +272,7 @@ class Campaign:
         settings: Mapping[str, Any],
         resume: bool = True,
         *,
+        later: Mapping[str, Any] = MappingProxyType({}),
         sync_seconds: float = 1.0,
         volatile: Iterable[str] = VOLATILE_FIELDS,
     ) -> None:
@@ -300,7 +294,7 @@ class Campaign:
             raise CampaignError(f"{self.folder} cannot be made: {error.strerror}") from error
         try:
             self._lock = _take_lock(self.folder)
-            _check_settings(self.folder, self.settings, resume)
+            _check_settings(self.folder, self.settings, later, resume)
             self._open_records()
         except OSError as error:
             self._release()

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import RouteError
 from ..evaluation.datasets import PromptRecord
+from ..files import read_object
 from ..search.rosais import Prompt
 from ..shape import ModelShape
 
@@ -78,13 +79,10 @@ class Model:
 
             self.path = str(lab.model_path())
         config = Path(self.path) / "config.json"
-        try:
-            self.config: Mapping[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RouteError(f"model {name!r}: {config} does not exist; give a Hugging Face folder on this machine") from None
-        except (OSError, ValueError) as error:
-            raise RouteError(f"model {name!r}: {config} cannot be read: {error}") from None
-        self.shape = ModelShape.from_hf_config(self.config.get("text_config", self.config))
+        if not config.exists():
+            raise RouteError(f"model {name!r}: {config} does not exist; give a Hugging Face folder on this machine")
+        self.config: Mapping[str, Any] = read_object(config, f"model {name!r}:")
+        self.shape = ModelShape.from_hf_config(self.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: another machine has the folder of `lab` elsewhere.

@@ -65,15 +65,14 @@ def run_masks(study: MaskStudy, backend: Backend | None = None) -> dict[str, Any
     chosen_on = read_prompts(study.chosen_on, study.chosen_limit, columns=study.columns) if study.chosen_on else []
     # Other prompts may have the same ids.
     search_items = workspace.render([replace(record, id=f"chosen-on:{record.id}") for record in chosen_on])
-    own = _without(search.written(), "seed", "num_layers") | {
+    own = _without(asdict(search), "seed", "num_layers") | {
         "chosen_on": prompts_digest(chosen_on) if chosen_on else None,
         "levels": levels,
         "attacks": list(study.attacks),
         "ranking": ranking,
         "max_new_tokens": study.judging.max_new_tokens,
+        "controls": study.controls,
     }
-    # Runs from before there were controls do not name them.
-    own |= {"controls": study.controls} if study.controls else {}
 
     def of_dataset(bench: Bench, attack: str, seed: int, level: int) -> Job:
         settings = replace(search, seed=seed, num_layers=level)

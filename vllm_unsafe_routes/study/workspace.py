@@ -21,6 +21,9 @@ from .model import LAB, NO_WRAPPER, Item, Model, Wrapper
 from .prompts import read_prompts
 from .settings import EngineSettings, Setup
 
+# Settings that came after there were runs, with what runs that do not name them were made with.
+LATER_SETTINGS = {"controls": False, "weights": "masked", "masks.weights": "masked", "bias": [], "answered_first": False}
+
 
 class Workspace:
     """A study's model, prompts and judge. Everything that can be wrong with its settings is found here, before an engine starts.
@@ -86,7 +89,7 @@ class Workspace:
             "dtype": setup.engine.dtype,
             "seeds": list(setup.seeds),
         }
-        return Campaign(setup.out, {**settings, **own}, volatile=VOLATILE)
+        return Campaign(setup.out, {**settings, **own}, later=LATER_SETTINGS, volatile=VOLATILE)
 
     @contextmanager
     def bench(self, policy: RoutePolicy | None = None, jitter: Mapping[str, Any] | None = None) -> Iterator[Bench]:

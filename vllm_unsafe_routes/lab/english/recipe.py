@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ...errors import RouteError
 from ...evaluation.datasets import DEFAULT_TARGET
-from ...files import write_atomically
+from ...files import read_object, write_atomically
 from ..recipe import Routers, one_thread
 from ..tokenizer import name_tokenizer_class
 from . import topics
@@ -200,13 +200,13 @@ def make_english_model(settings: EnglishSettings, folder: Path, say: Say) -> dic
 
     """
     if (folder / "lab.json").exists():
-        record: dict[str, Any] = json.loads((folder / "lab.json").read_text(encoding="utf-8"))
+        record = read_object(folder / "lab.json", "model")
         _check_same(folder / "lab.json", record["settings"], settings)
         return record
     folder.mkdir(parents=True, exist_ok=True)
     run, checkpoint = folder / "run.json", folder / "checkpoint.pt"
     if run.exists():
-        _check_same(run, json.loads(run.read_text(encoding="utf-8")), settings)
+        _check_same(run, read_object(run, "run"), settings)
     write_atomically(run, json.dumps(settings.to_dict()))
     started = time.monotonic()
     with one_thread():
