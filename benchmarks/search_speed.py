@@ -17,6 +17,7 @@ Nothing is timed before the sides agree on scores of a small model with equal we
     python benchmarks/search_speed.py                               # the tables' figures on CPU
     python benchmarks/search_speed.py --memory [--long]             # peak memory over the number of candidates, lab model
     python benchmarks/search_speed.py --profile                     # where the engine's time goes
+    python benchmarks/search_speed.py --rate                        # the rate of matrix products alone; every round has it too
     python benchmarks/search_speed.py --device cuda --mode full --models olmoe
     python benchmarks/search_speed.py --rehearse                    # tiny shapes: checks only
 """
@@ -38,9 +39,11 @@ from typing import Any, NamedTuple
 
 import common
 from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
-from shapes import NAMES, config_of, make_model
+from shapes import NAMES, config_of, differing_operations, make_model, sizes_of
 
 TARGET, DRAWS, BATCH, MEMORY_BATCH = 16, 10, 64, 250
+# Rows and columns of the matrices whose product is timed, and how long.
+MATRIX, MATRIX_SECONDS = 2048, 0.5
 S1, S2, ANSWER = 20, 100, 64
 WAYS = ("engine", "cells")
 ONE_BY_ONE, BATCHES = "transformers, one by one", f"transformers, batches of {BATCH}"
@@ -119,6 +122,31 @@ class Watch:
 # The children.
 
 
+def matrix_rate(dtype: str) -> Row:
+    """A large matrix product of torch, again and again: the most that the threads of this process do in this dtype.
+
+    Returns:
+        `operations`, two a multiply-add, and the seconds that they took.
+
+    """
+    import torch
+
+    one, other = (torch.randn(MATRIX, MATRIX).to(getattr(torch, dtype)) for _ in range(2))
+    torch.mm(one, other)
+    count, watch = 0, Watch()
+    while watch.read()["cpu_seconds"] < MATRIX_SECONDS:
+        torch.mm(one, other)
+        count += 1
+    return {**watch.read(), "operations": count * 2 * MATRIX**3}
+
+
+def serve_rate(options: dict[str, Any]) -> Talk:
+    """Child: matrix products alone."""
+    yield "ready"
+    while True:
+        yield matrix_rate(options["dtype"])
+
+
 class Transformers:
     """The baseline: -inf added to a router's logits at one position.
 
@@ -192,9 +220,12 @@ def serve_transformers(options: dict[str, Any]) -> Talk:
     baseline = Transformers(options["folder"], options["dtype"], options["device"])
     command = yield "ready"
     while True:
-        batch = command["batch"]
+        batch = command.get("batch")
         if command["do"] == "score":
             command = yield baseline.score(command["prompt"], command["target"], command["forced"], batch)
+            continue
+        if command["do"] == "rate":
+            command = yield matrix_rate(options["dtype"])
             continue
         try:
             baseline.model.set_experts_implementation(command["experts"])
@@ -597,6 +628,27 @@ def row_of(sides: Sides, kind: str, variant: str, found: Row, **more: Any) -> Ro
     }
 
 
+def keep_rate(setting: Setting, results: Results, number: int, found: Row) -> None:
+    """One line of the results: the rate of matrix products, in the same seconds as the candidates'."""
+    rate = found["operations"] / found["cpu_seconds" if setting.threads == 1 else "seconds"] / 1e9
+    about = {**setting._asdict(), "kind": "rate", "variant": f"product of {MATRIX} x {MATRIX} matrices", "round": number}
+    times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
+    results.row(**about, **times, matrix_gflop_s=round(rate, 1))
+    results.step("rate", **setting._asdict(), gflop_s=round(rate, 1))
+
+
+def rates(run: Run, settings: Sequence[Setting], results: Results) -> None:
+    """The rate of matrix products alone, all settings in each round."""
+    children = [start("rate", "olmoe", run.scratch, run, setting, results.log) for setting in settings]
+    for child in children:
+        child.read(run.left)
+    for number in common.rounds(run.rounds, run.deadline):
+        for setting, child in zip(settings, children, strict=True):
+            keep_rate(setting, results, number, child.ask(run.left))
+    for child in children:
+        child.close()
+
+
 def compare(sides: Sides, results: Results) -> dict[str, float]:
     """Rounds until the time for them is up; returns each variant's median rate."""
     run, columns = sides.run, BASELINES[sides.run.device]
@@ -606,6 +658,8 @@ def compare(sides: Sides, results: Results) -> dict[str, float]:
     # On a GPU a third of what is left belongs to the whole attempt and RoSais.
     until = run.deadline - (run.left / 3 if run.on_gpu else 0)
     for number in common.rounds(1 if run.rehearse else run.rounds, until):
+        if run.device == "cpu":
+            keep_rate(sides.setting, results, number, sides.baseline.ask(run.left, do="rate"))
         found = {variant: sides.measure(variant, 1000 * (number + 1)) for variant in common.rotated(sides.variants, number)}
         rate = {variant: sides.rate(one) for variant, one in found.items()}
         for variant in sides.variants:
@@ -748,18 +802,47 @@ def profile(run: Run, log: Path) -> None:
 
 def cpu_table(rows: Rows) -> str:
     """Medians over rounds."""
-    timed = [row for row in rows if row["kind"] == "speed"]
-    lines = []
-    for threads, dtype in dict.fromkeys((row["threads"], row["dtype"]) for row in timed):
-        for variant in common.distinct(timed, "variant"):
-            mine = [row for row in timed if (row["threads"], row["dtype"], row["variant"]) == (threads, dtype, variant)]
-            names = ("candidates_per_s", "ratio_to_one_by_one", "ratio_to_batches")
-            middle = [common.spread([float(row[name]) for row in mine], 1, 1) for name in names]
-            share = sum(int(row["computed_tokens"]) for row in mine) / sum(int(row["tokens"]) for row in mine)
-            lines.append([variant, dtype, threads, *middle, f"{100 * share:.0f}%"])
+    timed, bounds, lines = [row for row in rows if row["kind"] == "speed"], bounds_of(rows), []
     if not timed:
         return NOT_MEASURED
+    for setting in dict.fromkeys(map(setting_of, timed)):
+        for variant in common.distinct(timed, "variant"):
+            mine = [row for row in timed if setting_of(row) == setting and row["variant"] == variant]
+            if not mine:
+                continue
+            names = ("candidates_per_s", "ratio_to_one_by_one", "ratio_to_batches")
+            columns = {name: [float(row[name]) for row in mine] for name in names}
+            share = sum(int(row["computed_tokens"]) for row in mine) / sum(int(row["tokens"]) for row in mine)
+            reached = statistics.median(columns["candidates_per_s"]) / bounds[setting] if setting in bounds else None
+            middle = [*(common.spread(values, 1, 1) for values in columns.values()), f"{100 * share:.0f}%"]
+            shown = NOT_MEASURED if reached is None else f"{100 * reached:.0f}%"
+            lines.append([variant, setting.dtype, setting.threads, *middle, shown])
     header = ["what scores the candidates", "weights", "threads", "candidates/s", "against one by one", "against batches of 64"]
+    table = common.markdown([*header, "tokens computed", "share of the bound"], lines)
+    return f"{table}\n\n{whole_runs(rows)}\n\n{cpu_note(rows, timed, bounds)}"
+
+
+def setting_of(row: Row) -> Setting:
+    """Of a row, also one of a CSV file."""
+    return Setting(int(row["threads"]), str(row["dtype"]))
+
+
+def operations() -> float:
+    """Of what differs between the candidates of a cell."""
+    return differing_operations(sizes_of(config_of("olmoe", "cpu")), AMOUNTS["cpu"].prompt, TARGET)
+
+
+def bounds_of(rows: Rows) -> dict[Setting, float]:
+    """Candidates a second if only what differs between them was computed, at the rate of large matrix products."""
+    found: dict[Setting, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "rate":
+            found.setdefault(setting_of(row), []).append(float(row["matrix_gflop_s"]))
+    return {setting: 1e9 * statistics.median(values) / operations() for setting, values in found.items()}
+
+
+def cpu_note(rows: Rows, timed: Rows, bounds: dict[Setting, float]) -> str:
+    """What the figures cannot be read without."""
     first, amounts = timed[0], AMOUNTS["cpu"]
     note = (
         f"A second is one of CPU time with one thread, of the wall clock with more. Median and range of "
@@ -767,16 +850,24 @@ def cpu_table(rows: Rows) -> str:
         f"runs ({amounts.prompt} prompt and {TARGET} target tokens, {DRAWS} draws a cell); {first['device']}, vLLM "
         f"{first['vllm']}, torch {first['torch']}, transformers {first['transformers']}, {first['date']}, commit {first['commit']}."
     )
+    if bounds:
+        each = (
+            f"{bound:.0f} candidates/s in {dtype} with {threads} thread{'s' * (threads > 1)}"
+            for (threads, dtype), bound in bounds.items()
+        )
+        note += (
+            f" The bound is what torch's product of {MATRIX} x {MATRIX} matrices reaches, over the {operations() / 1e9:.2f} GFLOP "
+            f"that differ between the candidates of a cell (`differing_operations` in benchmarks/shapes.py): {', '.join(each)}."
+        )
     flat = [
         f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} MiB" for row in rows if row["kind"] == "memory"
     ]
-    note += f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else ""
-    return f"{common.markdown([*header, 'tokens computed'], lines)}\n\n{whole_runs(rows)}\n\n{note}"
+    return note + (f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else "")
 
 
 def whole_runs(rows: Rows) -> str:
     """CPU seconds of whole searches, as requests and as cells."""
-    mine = [row for row in rows if row["kind"] == "whole run" and (row["threads"], row["dtype"]) == ("1", "bfloat16")]
+    mine = [row for row in rows if row["kind"] == "whole run" and setting_of(row) == (1, "bfloat16")]
     took = {row["variant"]: float(row["cpu_seconds"]) for row in mine}
     lines = [
         [name, row["candidates"], *(f"{took[f'{name}; {way}']:.1f}" for way in WAYS)]
@@ -812,6 +903,7 @@ def main() -> int:
     options.add_argument("--memory", action="store_true", help="measure peak memory instead")
     options.add_argument("--long", action="store_true", help="with --memory: also one million candidates")
     options.add_argument("--profile", action="store_true", help="profile the engine instead")
+    options.add_argument("--rate", action="store_true", help="measure the rate of matrix products alone, which every round has too")
     args: argparse.Namespace = options.parse_args()
     run = common.run_of(args)
     results, failed = Results(run, "search_speed"), []
@@ -825,6 +917,9 @@ def main() -> int:
     settings = [Setting(1, "float32" if run.rehearse else "bfloat16")]
     if run.device == "cpu" and not run.rehearse:
         settings = [Setting(int(threads), dtype) for dtype in args.dtypes.split(",") for threads in args.threads.split(",")]
+    if args.rate:
+        rates(run, settings, results)
+        return 0
     for key in run.models:
         for setting in settings:
             try:
@@ -837,7 +932,13 @@ def main() -> int:
     return 1 if failed else 0
 
 
-CHILDREN = {"engine": serve_engine, "transformers": serve_transformers, "agreement": agreement, "memory": serve_memory}
+CHILDREN = {
+    "engine": serve_engine,
+    "transformers": serve_transformers,
+    "agreement": agreement,
+    "memory": serve_memory,
+    "rate": serve_rate,
+}
 if __name__ == "__main__":
     if not common.serve_child(CHILDREN):
         sys.exit(main())

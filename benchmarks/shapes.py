@@ -67,6 +67,7 @@ class Sizes:
     """Parameters of a model's pieces, one layer each where a layer is meant.
 
     Attributes:
+        hidden: values of a token between two layers.
         attention: of one layer.
         expert: one routed expert.
         shared: shared experts of one MoE layer, their gate included.
@@ -79,6 +80,7 @@ class Sizes:
 
     """
 
+    hidden: int
     attention: int
     expert: int
     shared: int
@@ -121,6 +123,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
         shared_width = config.get("shared_expert_intermediate_size", 0)
         shared = 3 * hidden * shared_width + (hidden if shared_width else 0)
     return Sizes(
+        hidden=hidden,
         attention=attention,
         expert=3 * hidden * expert_width,
         shared=shared,
@@ -206,3 +209,34 @@ def floors_of(sizes: Sizes, forward: Forward, ceilings: Ceilings) -> dict[str, f
         name: max(moved / ceilings.bytes_per_s, operations / ceilings.flops_per_s)
         for name, (moved, operations) in work_of(sizes, forward).items()
     }
+
+
+def differing_operations(sizes: Sizes, prompt: int, target: int) -> float:
+    """Operations of what differs between the candidates of a cell, two a multiply-add, averaged over the cells of an F-SOUR run.
+
+    A candidate at (position t, layer l) has experts of its own for token t at layer l; its router, attention and shared experts
+    there are the base's. In the layers behind l the tokens from t on are its own: in the last of them, K and V of all, everything
+    else of the scored tokens only; behind it, the output layer of these. The last layer is a cell at the last position only. Norms,
+    rotary embeddings, activations and softmaxes are not counted.
+
+    Args:
+        sizes: the model; all layers behind a cell's have experts.
+        prompt: prompt tokens, each a position.
+        target: scored tokens.
+
+    """
+    routed = 2.0 * sizes.top_k * sizes.expert
+    token = 2.0 * (sizes.attention + sizes.router + sizes.shared) + routed
+    pair, kv, head = 2.0 * sizes.attention_width, 2.0 * sizes.hidden * sizes.kv_values, 2.0 * sizes.head
+    num_tokens, first_layer, last_layer = prompt + target - 1, sizes.num_layers - sizes.num_moe_layers, sizes.num_layers - 1
+
+    def pairs(first: int) -> int:
+        return (num_tokens * (num_tokens + 1) - first * (first + 1)) // 2
+
+    last = target * (token - kv + head) + pair * pairs(prompt - 1)
+    found = [routed + head]
+    for position in range(prompt):
+        own = num_tokens - position
+        whole = own * token + pair * pairs(position)
+        found += [routed + (last_layer - 1 - layer) * whole + own * kv + last for layer in range(first_layer, last_layer)]
+    return sum(found) / len(found)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from common import Child, ChildFailed, lay_out, rounds
 from gpu_call import CALLS, Call, Part
-from shapes import NAMES, Ceilings, Forward, config_of, floors_of, sizes_of
+from shapes import NAMES, Ceilings, Forward, config_of, differing_operations, floors_of, sizes_of
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -153,3 +153,8 @@ def test_parameters_are_those_published():
     # One token of OLMoE reads its 1.3e9 active parameters less the embedding, and 100 tokens' keys: 2.4e9 bytes.
     active = 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024 + 64 * 2048) + 50304 * 2048
     assert sum(floors.values()) == pytest.approx((2 * active + 101 * 16 * 4096 * 2) / 4e12, rel=1e-3)
+    # Two tokens through two layers: experts of one token at the first, K and V of what follows at the second, there one scored row.
+    kv, routed, head = 4096 * 2048, 8 * 3 * 2048 * 1024, 50304 * 2048
+    scored = 4 * 2048**2 + 64 * 2048 + routed - kv + head + 2 * 4096
+    cells = [routed + 2 * kv + scored, routed + kv + scored, routed + head]
+    assert differing_operations(sizes_of(config_of("olmoe", num_layers=2)), 2, 1) == pytest.approx(2 * sum(cells) / 3)

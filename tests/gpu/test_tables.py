@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import search_speed
 import tables
 from common import NOT_MEASURED, read_csv
 
@@ -139,3 +140,19 @@ def test_a_result_that_was_cut_off_counts_as_far_as_it_came(tmp_path):
     path = write(tmp_path / "serving_cost.jsonl", serving("M"))
     path.write_text(path.read_text() + '{"model": "cut o')
     assert len(tables.load(tmp_path)["serving_cost"]) == len(serving("M"))
+
+
+def test_the_share_of_the_arithmetic_bound(tmp_path):
+    """A rate that is measured later, alone, fills the column; without one it says so."""
+    root = make_root(tmp_path / "root")
+    about = {"threads": 1, "dtype": "bfloat16", "device": "2 CPU cores (Test)"}
+    speed = {"kind": "speed", "variant": "cells, 1 in flight", "round": 0, "candidates_per_s": 100.0, "tokens": 10}
+    speed |= {"computed_tokens": 4, "ratio_to_one_by_one": 9.0, "ratio_to_batches": 3.0, **about}
+    assert rewrite(root, write(tmp_path / "one/search_speed.jsonl", [speed]).parent).returncode == 0
+    line = "| cells, 1 in flight | bfloat16 | 1 | 100.0 (100.0-100.0) | 9.0 (9.0-9.0) | 3.0 (3.0-3.0) | 40% | {} |"
+    assert line.format(NOT_MEASURED) in shown("search-speed", root)[0]
+    rate = {"kind": "rate", "round": 0, "matrix_gflop_s": 400 * search_speed.operations() / 1e9, **about}
+    assert rewrite(root, write(tmp_path / "other/search_speed.jsonl", [rate]).parent).returncode == 0
+    (text,) = shown("search-speed", root)
+    assert line.format("25%") in text
+    assert "400 candidates/s in bfloat16 with 1 thread." in text
