@@ -5,6 +5,7 @@ import pytest
 
 from vllm_unsafe_routes import ModelShape, RouteError
 from vllm_unsafe_routes.defence import policies as rules
+from vllm_unsafe_routes.defence.trials import Budget
 from vllm_unsafe_routes.search.attempt import AttemptState, Route
 from vllm_unsafe_routes.study.records import Fsour, Rosais
 
@@ -101,3 +102,19 @@ def test_random_choices_depend_on_their_parts():
 def test_missing_runs_are_named(rule):
     with pytest.raises(RouteError, match="needs the folder of a"):
         rule([], SHAPE)
+
+
+class TestBudget:
+    @pytest.mark.parametrize(("benign", "kept"), [(0.7083, True), (0.75, True), (0.6667, False)])
+    def test_what_the_model_gets_wrong_by_itself_is_no_cost(self, benign, kept):
+        """17 of 24 harmless prompts are right without a policy: 17 and 18 keep a budget of all, 16 do not."""
+        assert Budget(share=1.0).keeps({"benign": benign}, {"benign": 0.7083}, 24, 0) is kept
+
+    def test_confidence_counts_the_prompts_that_were_right(self):
+        assert Budget(0.9, confidence=0.8).keeps({"benign": 1.0}, {"benign": 1.0}, 24, 0)
+        assert not Budget(0.9, confidence=0.8).keeps({"benign": 0.25}, {"benign": 0.25}, 24, 0)
+
+    def test_over_refusal_is_held_against_the_model_s_own(self):
+        own = {"benign": 1.0, "over_refusal": 0.1}
+        assert Budget(over_refusal=0.05).keeps({"benign": 1.0, "over_refusal": 0.15}, own, 20, 20)
+        assert not Budget(over_refusal=0.05).keeps({"benign": 1.0, "over_refusal": 0.2}, own, 20, 20)

@@ -65,7 +65,12 @@ def add(commands: Any) -> None:
     )
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
-    group.add_argument("--budget", type=float, default=0.98, help="share of benign prompts that must stay right (default: 0.98)")
+    group.add_argument(
+        "--budget",
+        type=float,
+        default=0.98,
+        help="of the benign prompts that are right without a policy, the share that must stay right (default: 0.98)",
+    )
     group.add_argument(
         "--confidence",
         type=float,

@@ -29,7 +29,7 @@ class Budget:
     """What a policy may cost.
 
     Attributes:
-        share: of benign prompts that must stay right.
+        share: of the benign prompts that are right without a policy, that must stay right.
         over_refusal: most that over-refusal may rise.
         confidence: one-sided confidence with which the harmless prompts must show that the budget holds; 0.5 takes their share
             as it is.
@@ -43,13 +43,32 @@ class Budget:
     def check(self, num_benign: int) -> None:
         """Raise `RouteError` where so many benign prompts cannot show that the budget holds."""
         if not num_benign:
-            raise RouteError("a utility budget needs benign prompts: give --benign")
+            raise RouteError("a utility budget needs benign prompts that the model answers: give --benign")
         most = wilson_bound(1.0, num_benign, self.confidence)
         if most < self.share:
             raise RouteError(
                 f"{num_benign} benign prompts, all right, show a share of {most:.3f} with confidence {self.confidence}, "
                 f"below the budget of {self.share}: give more of them, or a lower --confidence"
             )
+
+    def keeps(self, measured: Mapping[str, float], undefended: Mapping[str, float], num_benign: int, num_category: int) -> bool:
+        """Whether the harmless prompts show, with the wanted confidence, that a candidate keeps the budget.
+
+        Args:
+            measured: `benign` and, where there are such prompts, `over_refusal` under the candidate.
+            undefended: the same without a policy. What the model gets wrong by itself is no cost of a policy.
+            num_benign: benign prompts that both were measured on.
+            num_category: likewise those that look forbidden.
+
+        """
+        right = round(undefended["benign"] * num_benign)
+        stayed = min(1.0, round(measured["benign"] * num_benign) / right)
+        if wilson_bound(stayed, right, self.confidence) < self.share:
+            return False
+        if not num_category:
+            return True
+        most = 1 - wilson_bound(1 - measured["over_refusal"], num_category, self.confidence)
+        return most <= undefended["over_refusal"] + self.over_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +141,9 @@ class Trials:
     @cached_property
     def undefended(self) -> Trial:
         """What holds without a policy."""
-        return Trial("none", self._measured("none", RoutePolicy({}), lambda _: True))
+        trial = Trial("none", self._measured("none", RoutePolicy({}), lambda _: True))
+        self.budget.check(round(trial.measured["benign"] * len(self.harmless["benign"])))
+        return trial
 
     def measure(self, name: str, bans: Experts, protections: Experts, biases: Biases = MappingProxyType({})) -> Trial:
         """Measure a candidate."""
@@ -151,13 +172,8 @@ class Trials:
         return self._keeps_budget(trial.measured)
 
     def _keeps_budget(self, measured: Mapping[str, float]) -> bool:
-        budget, num_benign, num_category = self.budget, len(self.harmless["benign"]), len(self.harmless["category"])
-        if wilson_bound(measured["benign"], num_benign, budget.confidence) < budget.share:
-            return False
-        if not num_category:
-            return True
-        most = 1 - wilson_bound(1 - measured["over_refusal"], num_category, budget.confidence)
-        return most <= self.undefended.measured["over_refusal"] + budget.over_refusal
+        num_benign, num_category = len(self.harmless["benign"]), len(self.harmless["category"])
+        return self.budget.keeps(measured, self.undefended.measured, num_benign, num_category)
 
     def best(self, trials: Iterable[Trial]) -> list[Trial]:
         """The affordable ones, lowest mean attack success first."""
