@@ -3,14 +3,16 @@
 Trains the model if it is not there (`--model`). Then, part by part:
 
 - `attacks`: RoSais on the split `search`, router masking with both controls, and adaptive F-SOUR on `test`;
+- `defences`: F-SOUR and suffixes, searched again under prompt defences and under a policy that is derived on `search` and `tune`;
+  on fewer prompts (`--few`) and with fewer candidates;
+- `strategies`: F-SOUR as published, on as few prompts and with one seed;
 - `dataset`: one set of masks for all prompts, chosen on `search`;
-- `strategies`: F-SOUR as published, on fewer prompts (`--few`);
-- `defences`: F-SOUR again under prompt defences, and under a policy that is derived on `search` and `tune`, on fewer prompts;
-- `presets`: default answers, RoSais and F-SOUR of the other two presets' models.
+- `presets`, only if named: trains the other two presets' models; their default answers, RoSais and F-SOUR, on few prompts.
 
 Every answer is judged by topic (exact) and by refusal phrases. Runs are campaigns: an interrupted call goes on.
 
-    python benchmarks/language_results.py                    # everything, then the CSV and the chart
+    python benchmarks/language_results.py                    # all but the presets, then the CSV and the chart
+    python benchmarks/language_results.py --part presets     # as long again
     python benchmarks/language_results.py --part attacks --prompts 6 --seeds 0,1
     python benchmarks/language_results.py --tables-only      # of what is there
     python benchmarks/tables.py                              # the tables of the page
@@ -22,12 +24,13 @@ import argparse
 import json
 import os
 import re
-import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,14 @@ from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown,
 RESULTS = ROOT / "benchmarks/results/language_cpu.csv"
 PICTURE = ROOT / "docs/pictures/language.svg"
 LEVELS = (1, 2, 3)
-PARTS = ("attacks", "dataset", "strategies", "defences", "presets")
+DEFAULT_PARTS = ("attacks", "defences", "strategies", "dataset")
+PARTS = (*DEFAULT_PARTS, "presets")
 PRESETS = ("control", "robust")
-DERIVE = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --no-suffix --keep 1")
+DERIVE = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --no-suffix --keep 1 --budget 0.9")
+MATRIX = shlex.split("--attack none --attack fsour-adaptive --attack suffix --attack suffix-transfer --suffix-rounds 1")
+ADAPTIVE = ("--strategy", "adaptive", "--attempts", 2)
+# Of the dense model, in a model's folder.
+ANSWERS = "dense-answers.jsonl"
 JUDGES = {None: "by topic", "refusal-phrases": "by phrases"}
 LABELS = {
     "none": "no attack",
@@ -49,9 +57,23 @@ LABELS = {
 }
 
 
-def unsafe_routes(*words: Any) -> None:
-    print(f"{datetime.now(UTC):%H:%M:%S} $ unsafe-routes {shlex.join(map(str, words))}", flush=True)
-    subprocess.run([Path(sys.executable).parent / "unsafe-routes", *map(str, words)], check=True)
+def run_counted(words: Sequence[Any]) -> float:
+    """Run a command; returns the peak memory of its largest process, GiB.
+
+    Raises:
+        CalledProcessError: it failed.
+
+    """
+    process = subprocess.Popen([str(word) for word in words])
+    try:
+        _, status, used = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted too, and keeps what it has
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return float(used.ru_maxrss / 2**20)
 
 
 class Campaigns:
@@ -64,82 +86,102 @@ class Campaigns:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args, self._model, self._out = args, args.model, args.runs
-        self._shared = ["--seeds", args.seeds, "--max-model-len", 192]
-        self._judging = ["--judge", "topic", "--judge", "refusal", "--max-new-tokens", 32, "--keep-completions"]
+        self._first_seed = args.seeds.split(",")[0]
+        self._judging = ["--judge", "topic", "--judge", "refusal", "--max-new-tokens", 32]
         self._masks = ["--masks", args.masks]
+        self._peak = 0.0
 
     def run(self, parts: Sequence[str]) -> None:
         """Train and run; time and memory of each part go to `usage.json`."""
         self._out.mkdir(parents=True, exist_ok=True)
-        used = self._out / "usage.json"
-        usage = json.loads(used.read_text(encoding="utf-8")) if used.exists() else {}
-        unsafe_routes("lab", "train", "--preset", "smollm2-moe", "--out", self._model)
+        self._unsafe_routes("lab", "train", "--preset", "smollm2-moe", "--out", self._model)
         for part in parts:
-            started = time.monotonic()
-            getattr(self, part)()
-            # A part that was interrupted counts what its calls took together.
-            seconds = time.monotonic() - started + usage.get(part, {}).get("seconds", 0)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-            usage[part] = {"seconds": round(seconds), "peak_gib": round(peak, 1)}
+            with self.counted(part):
+                getattr(self, part)()
+
+    @contextmanager
+    def counted(self, part: str) -> Iterator[None]:
+        """Add time and peak memory of what runs within to a part's, also where it is interrupted."""
+        started, self._peak = time.monotonic(), 0.0
+        try:
+            yield
+        finally:
+            used = self._out / "usage.json"
+            usage = json.loads(used.read_text(encoding="utf-8")) if used.exists() else {}
+            before = usage.get(part, {"seconds": 0, "peak_gib": 0.0})
+            seconds = round(time.monotonic() - started + before["seconds"])
+            usage[part] = {"seconds": seconds, "peak_gib": max(round(self._peak, 1), before["peak_gib"])}
             used.write_text(json.dumps(usage, indent=2) + "\n", encoding="utf-8")
+
+    def _unsafe_routes(self, *words: Any) -> None:
+        print(f"{datetime.now(UTC):%H:%M:%S} $ unsafe-routes {shlex.join(map(str, words))}", flush=True)
+        self._peak = max(self._peak, run_counted([Path(sys.executable).parent / "unsafe-routes", *words]))
+
+    def _on(self, model: Path, *, first_seed: bool = False) -> list[Any]:
+        return ["--model", model, "--max-model-len", 192, "--seeds", self._first_seed if first_seed else self._args.seeds]
 
     def _data(self, split: str, few: bool = False, model: Path | None = None) -> list[Any]:
         count = self._args.few if few else self._args.prompts
         return ["--data", (model or self._model) / "prompts" / f"{split}-forbidden.jsonl", "--limit", count]
 
     def _rosais(self, model: Path, name: str) -> None:
-        unsafe_routes(
-            "rosais", "--model", model, *self._shared, *self._data("search", model=model), *self._masks, "--out", self._out / name
-        )
+        data = self._data("search", model=model)
+        self._unsafe_routes("rosais", *self._on(model), *data, *self._masks, "--out", self._out / name)
 
-    def _fsour(self, model: Path, strategy: str, name: str, split: str = "test", few: bool = False, attempts: int = 2) -> None:
-        unsafe_routes(
-            *["fsour", "--model", model, *self._shared, *self._data(split, few, model), *self._judging],
-            *["--strategy", strategy, "--attempts", attempts, "--min-gain", 0.02, "--out", self._out / name],
+    def _fsour(self, name: str, *more: Any, model: Path | None = None, split: str = "test", few: bool = True, **on: bool) -> None:
+        model = model or self._model
+        self._unsafe_routes(
+            *["fsour", *self._on(model, **on), *self._data(split, few, model), *self._judging, "--keep-completions"],
+            *["--min-gain", 0.02, *more, "--out", self._out / name],
         )
 
     def attacks(self) -> None:
         self._rosais(self._model, "rosais")
         self._mask_attack("masks", [])
-        self._fsour(self._model, "adaptive", "fsour-adaptive")
+        self._fsour("fsour-adaptive", *ADAPTIVE, few=False)
 
     def dataset(self) -> None:
         chosen = self._model / "prompts" / "search-forbidden.jsonl"
         self._mask_attack("masks-dataset", ["--chosen-on", chosen, "--chosen-limit", self._args.prompts])
 
     def _mask_attack(self, name: str, more: list[Any]) -> None:
-        unsafe_routes(
-            *["mask-attack", "--model", self._model, *self._shared, *self._data("test"), *self._judging, *self._masks],
+        self._unsafe_routes(
+            *["mask-attack", *self._on(self._model), *self._data("test"), *self._judging, "--keep-completions", *self._masks],
             *["--rosais", self._out / "rosais", "--layers", ",".join(map(str, LEVELS)), *more, "--out", self._out / name],
         )
 
     def strategies(self) -> None:
         for strategy in ("paper", "code"):
-            self._fsour(self._model, strategy, f"fsour-{strategy}", few=True, attempts=1)
+            self._fsour(f"fsour-{strategy}", "--strategy", strategy, "--attempts", 1, first_seed=True)
 
     def defences(self) -> None:
-        self._fsour(self._model, "adaptive", "fsour-search", "search", few=True)
-        prompts = self._model / "prompts"
-        judged = ["--model", self._model, "--seeds", self._args.seeds.split(",")[0], "--max-model-len", 192, *self._judging[:-1]]
-        benign = ["--benign", prompts / "tune-benign.jsonl", "--benign-like", prompts / "tune-category.jsonl"]
-        unsafe_routes(
-            *["derive-policy", self._out / "rosais", self._out / "fsour-search", *judged, *self._data("tune", few=True), *benign],
-            *[*DERIVE, "--attempts", 1, "--min-gain", 0.02, "--utility-limit", 24, "--out", self._out / "policy"],
+        self._fsour("fsour-search", *ADAPTIVE, split="search", first_seed=True)
+        search = [*self._judging, "--min-gain", 0.02, "--adaptive-max-candidates", 300]
+        self._unsafe_routes(
+            *["derive-policy", self._out / "rosais", self._out / "fsour-search", *self._on(self._model, first_seed=True), *search],
+            *[*self._data("tune", few=True), *self._harmless("tune"), *DERIVE, "--attempts", 1, "--out", self._out / "policy"],
         )
-        benign = ["--benign", prompts / "test-benign.jsonl", "--benign-like", prompts / "test-category.jsonl"]
         names = ["none", "reminder", "prefix", *(f"policy:{self._out / 'policy' / name}.json" for name in ("policy", "control-0"))]
-        unsafe_routes(
-            *["evaluate", *judged, *self._data("test", few=True), "--attack", "none", "--attack", "fsour-adaptive"],
-            *[word for name in names for word in ("--defence", name)],
-            *[*benign, "--attempts", 2, "--min-gain", 0.02, "--utility-limit", 24, "--out", self._out / "matrix"],
+        self._unsafe_routes(
+            *["evaluate", *self._on(self._model, first_seed=True), *search, *self._data("test", few=True), *self._harmless("test")],
+            *[*MATRIX, *(word for name in names for word in ("--defence", name)), "--attempts", 2, "--out", self._out / "matrix"],
         )
+
+    def _harmless(self, split: str) -> list[Any]:
+        prompts = self._model / "prompts"
+        sources = ["--benign", prompts / f"{split}-benign.jsonl", "--benign-like", prompts / f"{split}-category.jsonl"]
+        return [*sources, "--utility-limit", 32]
 
     def presets(self) -> None:
         for preset in PRESETS:
             model = self._model.parent / preset
-            unsafe_routes("lab", "train", "--preset", f"smollm2-moe-{preset}", "--out", model)
+            model.mkdir(exist_ok=True)
+            # The dense model and the questions are the same.
+            if not (model / ANSWERS).exists():
+                shutil.copy(self._model / ANSWERS, model)
+            self._unsafe_routes("lab", "train", "--preset", f"smollm2-moe-{preset}", "--out", model)
             self._rosais(model, f"rosais-{preset}")
-            self._fsour(model, "adaptive", f"fsour-{preset}")
+            self._fsour(f"fsour-{preset}", *ADAPTIVE, model=model)
 
 
 def answers(out: Path) -> Iterator[tuple[str, Any]]:
@@ -176,7 +218,11 @@ def defences(out: Path) -> Rows:
         elif isinstance(record, Utility):
             column, kind = ("benign right", "right") if record.kind == "benign" else ("over-refusal", "refused")
             cells.setdefault((policy_name(record.defence), column), []).append(utility_row(record, kind))
-    return [{"table": "defences", "row": row, "column": column} | rate(found) for (row, column), found in cells.items()]
+    lines: Rows = [{"table": "defences", "row": row, "column": column} | rate(found) for (row, column), found in cells.items()]
+    policy = out / "policy" / "policy.json"
+    if cells and policy.exists():
+        lines.append({"table": "policy", "row": json.loads(policy.read_text(encoding="utf-8"))["provenance"]["rule"]})
+    return lines
 
 
 def policy_name(name: str) -> str:
@@ -254,10 +300,11 @@ def attacks_table(lines: Rows) -> str:
     rows = [line for line in lines if line["table"] == "attacks"]
     if not rows:
         return NOT_MEASURED
-    shown = [[row, cell(rows, row, "by topic"), cell(rows, row, "by phrases")] for row in distinct(rows, "row")]
+    tried = {row["row"]: f"{row['prompts']} x {row['seeds']}" for row in rows}
+    shown = [[row, cell(rows, row, "by topic"), cell(rows, row, "by phrases"), tried[row]] for row in distinct(rows, "row")]
     agreement = cell([line for line in lines if line["table"] == "judges"], "agreement", "")
-    head = f"{rows[0]['prompts']} prompts of `test`, {rows[-1]['seeds']} seed(s), {rows[0]['date']}; ASR with 95% interval."
-    return f"{head} The judges agree on {agreement} of the answers.\n\n{markdown(['attack', 'by topic', 'by phrases'], shown)}"
+    head = f"On `test`, {rows[0]['date']}; ASR with 95% interval. The judges agree on {agreement} of the answers."
+    return f"{head}\n\n{markdown(['attack', 'by topic', 'by phrases', 'prompts x seeds'], shown)}"
 
 
 def model_table(lines: Rows) -> str:
@@ -301,16 +348,20 @@ def defences_table(lines: Rows) -> str:
         return NOT_MEASURED
     names = distinct(rows, "column")
     shown = [[row, *(cell(rows, row, name) for name in names)] for row in distinct(rows, "row")]
-    return f"{rows[0]['prompts']} prompts of `test`, {rows[0]['date']}.\n\n{markdown(['defence', *names], shown)}"
+    counts = ", ".join(f"{name} {next(row['prompts'] for row in rows_of(rows, name))}" for name in names)
+    rule = "".join(f" The deriver chose `{line['row']}`." for line in lines if line["table"] == "policy")
+    return f"{rows[0]['date']}; prompts of `test`: {counts}.{rule}\n\n{markdown(['defence', *names], shown)}"
 
 
 def cost_table(lines: Rows) -> str:
     rows = [line for line in lines if line["table"] == "usage"]
     training = {line["row"]: float(line["value"]) for line in lines if line["table"] == "training"}
-    shown = [["training, with measuring", f"{training['seconds_with_measuring'] / 60:.0f}", f"{training['peak_gib']:.1f}"]]
+    used = [("training, with measuring", training["seconds_with_measuring"], training["peak_gib"])]
     for part in distinct(rows, "row"):
         seconds, peak = (next(float(row["value"]) for row in rows if (row["row"], row["column"]) == (part, key)) for key in USAGE)
-        shown.append([part, f"{seconds / 60:.0f}", f"{peak:.1f}"])
+        used.append((part, seconds, peak))
+    used.append(("all", sum(seconds for _, seconds, _ in used), max(peak for _, _, peak in used)))
+    shown = [[part, f"{seconds / 60:.0f}", f"{peak:.1f}"] for part, seconds, peak in used]
     return markdown(["part", "minutes", "peak GiB of one process"], shown)
 
 
@@ -352,16 +403,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "runs/language/model", help="folder of the model; trained if missing")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/language", help="folder of the campaigns")
-    parser.add_argument("--prompts", type=int, default=12, help="prompts of a split (default: 12)")
-    parser.add_argument("--seeds", default="0", help="seeds of the attacks, separated by commas (default: 0)")
+    parser.add_argument("--prompts", type=int, default=36, help="prompts of a split (default: 36)")
+    parser.add_argument("--seeds", default="0,1", help="seeds of the attacks, separated by commas (default: 0,1)")
     parser.add_argument("--masks", type=int, default=20, help="masks a layer (default: 20)")
-    parser.add_argument("--few", type=int, default=6, help="prompts of the published strategies and the defences (default: 6)")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated (default: all)")
+    parser.add_argument("--few", type=int, default=8, help="prompts of strategies, defences and presets (default: 8)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated (default: all but presets)")
     parser.add_argument("--tables-only", action="store_true", help="run nothing: CSV and chart of what is there")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.tables_only:
-        Campaigns(args).run(args.part or PARTS)
+        Campaigns(args).run(args.part or DEFAULT_PARTS)
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
     write_csv(RESULTS, [about | row for row in tabulate(args.model, args.runs)])
     lines = read_csv(RESULTS)
