@@ -66,10 +66,7 @@ def add(commands: Any) -> None:
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
     group.add_argument(
-        "--budget",
-        type=float,
-        default=0.98,
-        help="of the benign prompts that are right without a policy, the share that must stay right (default: 0.98)",
+        "--budget", type=float, default=0.98, help="share of right benign answers that must stay right (default: 0.98)"
     )
     group.add_argument(
         "--confidence",
