@@ -2,11 +2,13 @@
 
 import random
 
+import cpu_offload
 import pytest
 from engines import BLOCK_SIZE, chosen_logprobs, engine, generate, random_prompt
 from tiny_models import VOCAB_SIZE
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from vllm_unsafe_routes import RoutePlan
+from vllm_unsafe_routes import RoutePlan, receipt_of
 
 NUM_BLOCKS = 5
 
@@ -69,6 +71,29 @@ def test_generated_tokens_of_a_plan_are_not_a_clean_prefix(llm, prompt):
     assert clean.num_cached_tokens == reused
     same = generate(llm, [prompt], [plan.extra_args()], max_tokens=64)[0]
     assert same.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_offloaded_blocks_are_shared_as_cached_ones_are(tiny_model):
+    """Receipts and log-probabilities say the same of both; who wants routes back reads neither cache nor store."""
+    prompt = random_prompt(random.Random(5), NUM_BLOCKS * BLOCK_SIZE + 7, VOCAB_SIZE)
+    full, plans = NUM_BLOCKS * BLOCK_SIZE, [None, base_plan(70), base_plan(100), RoutePlan().disable(2, "generated", [1, 2])]
+    routes = {"allow_overrides": True, "policy": {"version": "route-policy/1", "layers": {"1": {"disabled": [3]}}}}
+    settings = {"enable_prefix_caching": True, "kv_transfer_config": cpu_offload.SETTINGS}
+    with engine(tiny_model("olmoe"), routes, **settings) as llm:
+        computed, from_cache = (run(llm, prompt, *plans)[0] for _ in range(2))
+        assert llm.reset_prefix_cache()
+        loaded, num_cached = run(llm, prompt, *plans)
+        store = get_kv_transfer_group().connector_worker.worker
+        assert store.num_loaded == 2 * NUM_BLOCKS + NUM_BLOCKS - 2
+        assert llm.reset_prefix_cache()
+        whole = generate(llm, [prompt], [plans[1].extra_args(return_routes=True)])[0]
+    assert [output.num_cached_tokens for output in computed] == [0, 0, 64, full]
+    assert num_cached == [full] * 4
+    assert [receipt_of(output) for output in loaded] == [receipt_of(output) for output in from_cache]
+    for one, other in zip(computed, loaded, strict=True):
+        assert chosen_logprobs(one) == pytest.approx(chosen_logprobs(other), abs=1e-5)
+    assert (whole.num_cached_tokens, receipt_of(whole).route_ids.shape[0]) == (0, full + 7 + 5)
+    assert set(receipt_of(whole).route_ids[70, 1]) == {4, 5, 6, 7}
 
 
 def test_a_policy_separates_engines_that_share_a_cache():

@@ -336,70 +336,83 @@ def vllm_config(section=None, **values):
 
 
 PARALLEL, SCHEDULER, DRAFTS, TRANSFER = "parallel_config", "scheduler_config", "speculative_config", "kv_transfer_config"
-# Row of the table in docs/integration.md -> a config that asks for it, whether a policy can be kept, what the refusal says.
+POLICY_ONLY = RouteConfig.from_dict({"policy": {"version": "route-policy/1", "layers": {}}})
+PLANS = RouteConfig.from_dict({"allow_overrides": True})
+# In the order of the table's columns; the first column that says no decides the others.
+ASKED_OF_US = (
+    POLICY_ONLY,
+    PLANS,
+    RouteConfig.from_dict({"allow_overrides": True, "router_logits_mib": 4}),
+    RouteConfig(monitor={}),
+)
+# Row of the table in docs/integration.md -> a config that asks for it, its columns, what the refusal says.
 ASKED = {
-    "data parallel": (PARALLEL, {"data_parallel_size": 2}, True, "data_parallel_size=2: a router may see tokens of other ranks"),
+    "data parallel": (PARALLEL, {"data_parallel_size": 2}, "ynnn", "data_parallel_size=2: (a router may see|nobody has tried it)"),
     "data parallel with other balancing": (
         PARALLEL,
         {"data_parallel_size": 2, "data_parallel_hybrid_lb": True},
-        False,
+        "nnnn",
         "data_parallel_hybrid_lb=True: ",
     ),
-    "elastic expert parallel": (PARALLEL, {"enable_elastic_ep": True}, False, "enable_elastic_ep=True: "),
+    "elastic expert parallel": (PARALLEL, {"enable_elastic_ep": True}, "nnnn", "enable_elastic_ep=True: "),
     "sequence-parallel experts": (
         PARALLEL,
         {"data_parallel_size": 2, "enable_expert_parallel": True},
-        False,
+        "nnnn",
         "use_sequence_parallel_moe=True: ",
     ),
-    "microbatching": (PARALLEL, {"ubatch_size": 2}, False, "use_ubatching=True: .* leave out --enable-dbo and --ubatch-size"),
-    "prefill context parallel": (PARALLEL, {"prefill_context_parallel_size": 2}, False, "prefill_context_parallel_size=2: the"),
-    "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, True, "decode_context_parallel_size=2: it leaves"),
-    "speculation": (DRAFTS, {"rejection_sample_method": "block"}, True, None),
-    "speculation with relaxed acceptance": (DRAFTS, {"rejection_sample_method": "fly"}, False, "rejection_sample_method=fly: dra"),
-    "KV offloading by block hash": (TRANSFER, {"kv_connector": "OffloadingConnector"}, True, "kv_connector=OffloadingConnector: "),
-    "other KV connectors": (TRANSFER, {"kv_connector": "ExampleConnector"}, False, "ExampleConnector: .*leave out --kv-transfer"),
-    "monokernel": ("kernel_config", {"monokernel": True}, False, "monokernel=True: its decode kernels pick experts inside them"),
+    "pipeline parallel": (PARALLEL, {"pipeline_parallel_size": 2}, "yyyn", "pipeline_parallel_size=2: each rank has the routes"),
+    "microbatching": (PARALLEL, {"ubatch_size": 2}, "nnnn", "use_ubatching=True: .* leave out --enable-dbo and --ubatch-size"),
+    "prefill context parallel": (PARALLEL, {"prefill_context_parallel_size": 2}, "nnnn", "prefill_context_parallel_size=2: the"),
+    "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, "ynny", "decode_context_parallel_size=2: it leaves"),
+    "speculation": (DRAFTS, {"rejection_sample_method": "block"}, "yyny", "block: logits of rejected drafts would come back"),
+    "speculation with relaxed acceptance": (DRAFTS, {"rejection_sample_method": "fly"}, "nnnn", "rejection_sample_method=fly: dra"),
+    "KV offloading by block hash": (
+        TRANSFER,
+        {"kv_connector": "OffloadingConnector"},
+        "ynny",
+        "kv_connector=OffloadingConnector: ",
+    ),
+    "other KV connectors": (TRANSFER, {"kv_connector": "ExampleConnector"}, "nnnn", "ExampleConnector: .*leave out --kv-transfer"),
+    "monokernel": ("kernel_config", {"monokernel": True}, "nnnn", "monokernel=True: its decode kernels pick experts inside them"),
     "decode kernels of Kimi-K3 and DeepSeek-V4.1": (
         "additional_config",
         {"decode_backend": "latency_specialized"},
-        False,
+        "nnnn",
         r"additional_config\['decode_backend'\]=latency_specialized: its decode kernels pick experts inside themselves",
     ),
     "another worker class": (
         PARALLEL,
         {"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"},
-        False,
+        "nnnn",
         "XPUWorker: .* known are vllm",
     ),
     "another scheduler class": (
         SCHEDULER,
         {"scheduler_cls": "mine.Scheduler"},
-        False,
+        "nnnn",
         "Scheduler: .* known are vllm.v1.core.sched",
     ),
-    "LoRA": ("lora_config", {}, True, None),
-    "sleep and wake": ("model_config", {"enable_sleep_mode": True}, True, None),
-    "expert-parallel load balancing": (PARALLEL, {"enable_eplb": True}, True, None),
-    "native routed experts": ("aux_output_config", {"enable_return_routed_experts": True}, True, None),
+    "LoRA": ("lora_config", {}, "yyyy", None),
+    "sleep and wake": ("model_config", {"enable_sleep_mode": True}, "yyyy", None),
+    "expert-parallel load balancing": (PARALLEL, {"enable_eplb": True}, "yyyy", None),
+    "native routed experts": ("aux_output_config", {"enable_return_routed_experts": True}, "yyyy", None),
 }
-POLICY_ONLY = RouteConfig.from_dict({"policy": {"version": "route-policy/1", "layers": {}}})
-PLANS = RouteConfig.from_dict({"allow_overrides": True})
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_features_under_which_a_policy_or_plans_cannot_be_kept(name):
-    section, values, keeps_policy, message = ASKED[name]
+    section, values, columns, message = ASKED[name]
     if section == "aux_output_config":
         asked = vllm_config()
         asked.aux_output_config = types.SimpleNamespace(**values)
     else:
         asked = vllm_config(section, **values)
-    for config, is_kept in ((POLICY_ONLY, keeps_policy), (PLANS, message is None)):
-        if is_kept:
+    for config, is_kept in zip(ASKED_OF_US, columns, strict=True):
+        if is_kept == "y":
             check_supported(asked, config)
         else:
-            with pytest.raises(RouteError, match=f"route (control|plans) .*{message}"):
+            with pytest.raises(RouteError, match=f"(route control|route plans|router logits|--route-monitor) .*{message}"):
                 check_supported(asked, config)
 
 
@@ -418,11 +431,11 @@ def test_the_check_runs_when_a_config_is_made(routes, tiny_model):
     arguments = EngineArgs(
         model=str(tiny_model("olmoe")),
         skip_tokenizer_init=True,
-        kv_transfer_config={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
         additional_config={} if routes is None else {CONFIG_KEY: routes},
     )
     if routes:
-        with pytest.raises(RouteError, match="kv_connector=OffloadingConnector: routes of blocks"):
+        with pytest.raises(RouteError, match="kv_connector=ExampleConnector: it keys KV by tokens"):
             arguments.create_engine_config()
     else:
         assert arguments.create_engine_config().kv_transfer_config is not None

@@ -123,20 +123,11 @@ def test_the_setting_is_checked_at_start(settings, message):
         RouteConfig.from_dict(settings)
 
 
-def test_another_model_s_probe_and_ranks_with_parts_of_the_layers_are_refused(shape, probe):
-    from types import SimpleNamespace
-
+def test_another_model_s_probe_and_the_seam_at_logits_are_refused(shape, probe):
     from vllm_unsafe_routes.engine.config import RouteConfig
-    from vllm_unsafe_routes.engine.supported import check_supported
 
     config = RouteConfig.from_dict({"monitor": {**probe.to_dict(), "model": "feedface"}})
     with pytest.raises(RouteError, match="the probe is for model feedface, this is"):
         config.compiler(shape)
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 1, name: 2}
-        with pytest.raises(RouteError, match=f"--route-monitor cannot score prompts with {name}=2"):
-            check_supported(
-                SimpleNamespace(parallel_config=SimpleNamespace(**sizes)), RouteConfig.from_dict({"monitor": probe.to_dict()})
-            )
     with pytest.raises(RouteError, match="usage and monitor need routers"):
         RouteConfig.from_dict({"monitor": json.loads(json.dumps(probe.to_dict())), "seam": "logits"})

@@ -210,13 +210,3 @@ def test_the_setting_is_checked_at_start(settings, message):
 
     with pytest.raises(RouteError, match=message):
         RouteConfig.from_dict(settings)
-
-
-def test_speculation_is_refused_by_name():
-    from types import SimpleNamespace
-
-    from vllm_unsafe_routes.engine.config import RouteConfig
-    from vllm_unsafe_routes.engine.supported import check_supported
-
-    with pytest.raises(RouteError, match="--router-logits-mib does not go with speculation"):
-        check_supported(SimpleNamespace(speculative_config=object()), RouteConfig.from_dict(ROUTES))

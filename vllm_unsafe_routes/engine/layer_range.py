@@ -252,6 +252,7 @@ def _check(runner: Any, vllm_config: Any) -> None:
     groups = runner.kv_cache_config.kv_cache_groups
     reasons = (
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (parallel.data_parallel_size > 1, "data parallelism"),
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE"),
         (vllm_config.lora_config is not None, "LoRA"),
         (vllm_config.speculative_config is not None, "speculation"),

@@ -1,4 +1,4 @@
-"""Which of vLLM's features route control can serve under, policies and plans apart; the others are refused by name at start.
+"""Which of vLLM's features route control can serve under, each of its own features apart; the others are refused by name at start.
 
 A policy is constant: each layer bans the same experts for every token, whosesoever it is. Plans hold where the tokens that a router
 sees can be told apart. docs/integration.md has the same table with the proofs; a test compares the two.
@@ -31,6 +31,8 @@ class Feature:
         asked: how a `VllmConfig` asks for it, as a user would write it; None: it does not.
         policy: why no policy can be enforced beside it; None: it can.
         plans: why no request can bring a plan; None: it can.
+        router_logits: why no request can have router logits back, where plans hold; None: it can.
+        monitor: why no probe can score prompts, where a policy holds; None: it can.
 
     """
 
@@ -38,6 +40,13 @@ class Feature:
     asked: Callable[[Any], str | None]
     policy: str | None
     plans: str | None
+    router_logits: str | None = None
+    monitor: str | None = None
+
+    def refusals(self) -> tuple[str | None, ...]:
+        """Why each of `_ASKED_OF_US` cannot be had, in its order."""
+        plans = self.policy or self.plans
+        return self.policy, plans, plans or self.router_logits, self.policy or self.monitor
 
 
 def _is_set(part: str, field: str, unset: Any = False) -> Callable[[Any], str | None]:
@@ -106,7 +115,14 @@ FEATURES = (
         "each tensor-parallel rank routes a part of the tokens, which nobody has tried; use two of TP, DP and EP",
         _NOT_APART,
     ),
-    Feature("data parallel", _is_set("parallel_config", "data_parallel_size", 1), None, _NOT_APART),
+    Feature("data parallel", _is_set("parallel_config", "data_parallel_size", 1), None, _NOT_APART, monitor="nobody has tried it"),
+    Feature(
+        "pipeline parallel",
+        _is_set("parallel_config", "pipeline_parallel_size", 1),
+        None,
+        None,
+        monitor="each rank has the routes of its own layers",
+    ),
     Feature(
         "microbatching",
         _is_set("parallel_config", "use_ubatching"),
@@ -136,12 +152,13 @@ FEATURES = (
         _is_one_of("speculative_config", "rejection_sample_method", _STRICT_VERIFICATION),
         None,
         None,
+        router_logits="logits of rejected drafts would come back",
     ),
     Feature(
         "KV offloading by block hash",
         _is_one_of("kv_transfer_config", "kv_connector", _KEYED_BY_BLOCK_HASH),
         None,
-        "routes of blocks that are loaded would be missing from what return_routes gives; leave out --kv-transfer-config",
+        None,
     ),
     Feature(
         "other KV connectors",
@@ -174,30 +191,26 @@ FEATURES = (
 )
 
 
-_NOT_MONITORED = {
-    "pipeline_parallel_size": "each rank has the routes of its own layers",
-    "data_parallel_size": "nobody has tried it",
-}
+# What is refused, and the setting that asks for it; `Feature.refusals` has the same order.
+_ASKED_OF_US: tuple[tuple[str, Callable[[RouteConfig], bool]], ...] = (
+    ("route control does not support {}", lambda config: True),
+    ("route plans (--enable-route-overrides) cannot be kept under {}", lambda config: config.allow_overrides),
+    ("router logits (--router-logits-mib) cannot be handed back under {}", lambda config: config.router_logits_mib is not None),
+    ("--route-monitor cannot score prompts under {}", lambda config: config.monitor is not None),
+)
 
 
 def check_supported(vllm_config: Any, config: RouteConfig) -> None:
-    """Refuse what a policy, or plans where they are on, cannot be kept under.
+    """Refuse what cannot be kept of that which `config` asks for.
 
     Raises:
         RouteError: names the setting, its value and the reason.
 
     """
-    if config.router_logits_mib is not None and vllm_config.speculative_config is not None:
-        raise RouteError("--router-logits-mib does not go with speculation: logits of rejected drafts would come back")
-    for name, why in _NOT_MONITORED.items():
-        value = getattr(vllm_config.parallel_config, name)
-        if config.monitor is not None and value > 1:
-            raise RouteError(f"--route-monitor cannot score prompts with {name}={value}: {why}")
     for feature in FEATURES:
         asked = feature.asked(vllm_config)
         if asked is None:
             continue
-        if feature.policy is not None:
-            raise RouteError(f"route control does not support {asked}: {feature.policy}")
-        if feature.plans is not None and config.allow_overrides:
-            raise RouteError(f"route plans (--enable-route-overrides) cannot be kept under {asked}: {feature.plans}")
+        for (what, is_wanted), why in zip(_ASKED_OF_US, feature.refusals(), strict=True):
+            if why is not None and is_wanted(config):
+                raise RouteError(f"{what.format(asked)}: {why}")
