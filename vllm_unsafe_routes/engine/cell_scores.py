@@ -268,18 +268,26 @@ class CellScorer:
         counts[:num_moving] = 0
         own = tables.copy()
         own[np.repeat(np.arange(len(base)), counts), ranges(first // size, counts)] = self._first_own + np.arange(counts.sum())
-        sequences = Sequences(bases, base, first, layer, span_end, own, tables, np.arange(len(base)) < num_moving)
+        moves_base = np.arange(len(base)) < num_moving
+        order = np.argsort(layer, kind="stable")
+        place = np.argsort(order, kind="stable")
+        arrays = (values[order] for values in (base, first, layer, span_end, own, tables, moves_base))
+        sequences = Sequences(bases, *arrays)
         ends = np.append(candidates.move_start[1:], len(candidates.moves))
         counts = (ends - candidates.move_start)[some]
         chosen = ranges(candidates.move_start[some], counts)
         moves = candidates.moves[chosen].copy()
-        moves[:, CANDIDATE] = np.repeat(num_moving + np.arange(len(some)), counts)
+        moves[:, CANDIDATE] = np.repeat(place[num_moving:], counts)
         values = self.runner.run(self._memory, sequences, moves, candidates.rows[chosen])
-        for one, cost in zip((bases[at] for at in base), sequences.work(self.layers.num_layers), strict=True):
+        for one, cost in zip((bases[at] for at in sequences.base), sequences.work(self.layers.num_layers), strict=True):
             work[one] += cost
-        for one in moving:
-            one.log_probs, values = values[: len(one.cells.target), : one.cells.target.shape[1]], values[len(one.cells.target) :]
-        return values
+        if not moving:
+            return values
+        counts = np.array([len(one.cells.target) for one in bases])[sequences.base]
+        starts = np.cumsum(counts) - counts
+        for one, start in zip(moving, starts[place[:num_moving]], strict=True):
+            one.log_probs = values[start : start + len(one.cells.target), : one.cells.target.shape[1]].clone()
+        return values[upload(np.flatnonzero(np.repeat(~sequences.moves_base, counts)), torch.int64, values.device)]
 
 
 def _pieces(bases: list[Base], limits: tuple[int, int]) -> Iterator[list[Base]]:

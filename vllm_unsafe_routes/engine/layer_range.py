@@ -50,7 +50,7 @@ class Queries(NamedTuple):
     """What a batch computes, on the host.
 
     Attributes:
-        lens: int [num_seqs], tokens of each sequence, short ones first.
+        lens: int [num_seqs], tokens of each sequence; those of one token, if not all, come first.
         seq_lens: int [num_seqs], tokens that each can see, its own included.
         block_table: int64 [KV cache groups, num_seqs, width], KV blocks of each.
         positions: int64 [num_tokens].
@@ -135,13 +135,13 @@ class LayerRange:
         """Columns of a block table for sequences of up to this many tokens."""
         return -(-num_tokens // _TABLE_TOKENS) * max(1, _TABLE_TOKENS // self.block_size)
 
-    def copy_blocks(self, source: np.ndarray, target: np.ndarray, first_layer: int) -> None:
-        """Copy KV blocks, int64 [KV cache groups, num_blocks], of all layers from `first_layer` on."""
-        if source.size:
-            from_ids, to_ids = (upload(ids, torch.int64, self.device) for ids in (source, target))
-            for group, layer, cache in self._caches:
-                if layer >= first_layer:
-                    cache[to_ids[group]] = cache[from_ids[group]]
+    def copy_blocks(self, source: np.ndarray, target: np.ndarray, first_layer: np.ndarray) -> None:
+        """Copy KV blocks, int64 [KV cache groups, num_blocks], each from a layer on, int [num_blocks] in ascending order."""
+        from_ids, to_ids = (upload(ids, torch.int64, self.device) for ids in (source, target))
+        for group, layer, cache in self._caches:
+            count = int(np.searchsorted(first_layer, layer, "right"))
+            if count:
+                cache.index_copy_(0, to_ids[group, :count], cache.index_select(0, from_ids[group, :count]))
 
     def batch(self, queries: Queries) -> Batch:
         """Put a batch on the device and make its attention metadata."""
@@ -240,8 +240,7 @@ def _skip_unwanted(runner: Any, layers: LayerRange) -> None:
         if wanted is None or others:
             return own(hidden_states, router_logits, *args, **more)
         found = torch.zeros_like(hidden_states)
-        found[wanted] = own(hidden_states[wanted], router_logits[wanted])
-        return found
+        return found.index_copy_(0, wanted, own(hidden_states.index_select(0, wanted), router_logits.index_select(0, wanted)))
 
     runner.forward = types.MethodType(forward, runner)
 

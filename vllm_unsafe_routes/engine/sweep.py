@@ -5,9 +5,9 @@ itself only the tokens whose routes are changed: the attention there, and what t
 So it computes the changed tokens at layer l, takes the base's residual stream for the others at l + 1, and goes on from there with
 all tokens from t on.
 
-Sequences of many prompts and layers share a sweep. Each keeps a place of `num_tokens - t` rows in it; a layer runs on the rows of
-the sequences that have joined. A base that moves to another plan is a sequence too, and leaves its residual stream at every layer
-where its candidates, in the same sweep, find it.
+Sequences of many prompts and layers share a sweep. Each has `num_tokens - t` rows in it, in the order of layers: a layer runs on
+the first rows, and what joins is put behind them. A base that moves to another plan is a sequence too, and leaves its residual
+stream at every layer where its candidates, in the same sweep, find it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Sequences of a sweep, as arrays.
+    """Sequences of a sweep, as arrays, in the order of their layers.
 
     Attributes:
         bases: the bases that they begin at.
@@ -99,22 +99,28 @@ def ranges(starts: np.ndarray, lens: np.ndarray) -> np.ndarray:
 
 
 class _Part(NamedTuple):
-    """Who computes what in some layers, on the device.
+    """Who computes what in some layers, on the device: first the tokens that join, then all rows of sequences that have joined.
 
     Attributes:
-        rows: int64 [num_tokens], the rows of the sweep.
-        batch: the same as a batch.
+        batch: the tokens.
         token_ids: int32 [num_tokens].
         routes: int32 [MoE layers, num_tokens and some padding], their rows in the route table.
+        num_joining: tokens of sequences that compute the changed ones only.
+        joining: int64 [num_joining], where these are in the bases' residual streams.
+        behind: int64, where all rows of these sequences are there, in the order of sequences.
+        changed: int64 [num_joining], numbers of the joining tokens among `behind`.
         moved: of the tokens of moving bases, int64 each: numbers among the tokens, places in the bases' residual streams; None: no
             base moves.
 
     """
 
-    rows: torch.Tensor
     batch: Batch
     token_ids: torch.Tensor
     routes: torch.Tensor
+    num_joining: int
+    joining: torch.Tensor
+    behind: torch.Tensor
+    changed: torch.Tensor
     moved: tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -141,7 +147,8 @@ class Sweep:
         self._ids = self._ids[offsets[sequences.base][self._sequence] + self._positions]
         self._routes = routes
         self._scored_from = np.array([len(base.cells.prompt) - 1 for base in sequences.bases])[sequences.base]
-        self._state = layers.empty_stream(len(self._sequence))
+        # The residual stream of the sequences that have joined, in pieces.
+        self._stream: list[dict[str, torch.Tensor]] = []
         self._last: tuple[bytes, _Part] | None = None
         # int32 [MoE layers, tokens of the batch in hand and some padding], for the bound routers.
         self.row_index = routes
@@ -153,13 +160,13 @@ class Sweep:
         if shared.any():
             at = shared.nonzero()[0], own.first[shared] // self._size
             source, target = (self._memory.reserve.take(blocks[at], 1) for blocks in (own.base_blocks, own.own_blocks))
-            self._layers.copy_blocks(source, target, int(own.layer[shared].min()) + 1)
+            self._layers.copy_blocks(source, target, own.layer[shared] + 1)
         bounds = {*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers}
         if own.moves_base.any():
             bounds |= set(range(max(0, int(own.layer[own.moves_base].min())), num_layers))
         for start, end in itertools.pairwise(sorted(bounds)):
             self._run(start, end)
-        return self._state[self._layers.keys[0]]
+        return self._joined()[self._layers.keys[0]]
 
     def rows_of(self, slot: int, num_tokens: int) -> torch.Tensor:
         """int32 [num_tokens], the rows in the route table of the tokens that MoE layer `slot` has in hand."""
@@ -169,27 +176,31 @@ class Sweep:
 
     def _run(self, start: int, end: int) -> None:
         own = self.sequences
-        joining = own.layer == start
-        if joining.any() and start > 0:
-            self._load(start, ranges(self.starts[joining], self._lens[joining]))
-        part = self._part(own.layer < start, joining)
+        part = self._part(own.layer < start, own.layer == start)
         self.row_index = part.routes
-        stream = {key: value[part.rows] for key, value in self._state.items()} if start else {}
-        for key, value in self._layers.run(start, end, part.batch, part.token_ids, stream).items():
-            self._state[key][part.rows] = value
-            if part.moved is not None:
-                tokens, slots = part.moved
-                self._memory.streams[key][end - 1, slots] = value[tokens]
-        if joining.any():
-            after = (own.span_end - own.first)[joining]
-            self._load(end, ranges(self.starts[joining] + after, self._lens[joining] - after))
+        if start and part.num_joining:
+            self._stream.insert(0, self._of_bases(start, part.joining))
+        found = self._layers.run(start, end, part.batch, part.token_ids, self._joined() if start else {})
+        if part.moved is not None:
+            tokens, slots = part.moved
+            for key, value in found.items():
+                self._memory.streams[key][end - 1].index_copy_(0, slots, value.index_select(0, tokens))
+        self._stream = [{key: value[part.num_joining :] for key, value in found.items()}]
+        if part.num_joining:
+            behind = self._of_bases(end, part.behind)
+            for key, value in found.items():
+                behind[key].index_copy_(0, part.changed, value[: part.num_joining])
+            self._stream.append(behind)
 
-    def _load(self, layer: int, rows: np.ndarray) -> None:
-        """Take the bases' residual stream at a layer's input."""
-        where = upload(rows, torch.int64, self._layers.device)
-        slots = self._slots[where]
-        for key in self._layers.keys[: 1 if layer == self._layers.num_layers else None]:
-            self._state[key][where] = self._memory.streams[key][layer - 1, slots]
+    def _joined(self) -> dict[str, torch.Tensor]:
+        """The pieces of the residual stream as one."""
+        pieces = self._stream
+        return pieces[0] if len(pieces) == 1 else {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    def _of_bases(self, layer: int, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A copy of the bases' residual stream at a layer's input."""
+        keys = self._layers.keys[: 1 if layer == self._layers.num_layers else None]
+        return {key: self._memory.streams[key][layer - 1].index_select(0, slots) for key in keys}
 
     @functools.cached_property
     def _slots(self) -> torch.Tensor:
@@ -204,10 +215,10 @@ class Sweep:
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         own, size, device = self.sequences, self._size, self._layers.device
-        lens = np.where(joining, own.span_end - own.first, self._lens)
-        order = np.flatnonzero(whole | joining)
-        order = order[np.argsort(lens[order], kind="stable")]
-        lens = lens[order]
+        joins, spans = np.flatnonzero(joining), own.span_end - own.first
+        short = joins[np.argsort(spans[joins], kind="stable")]
+        order = np.concatenate([short, np.flatnonzero(whole)])
+        lens = np.where(joining, spans, self._lens)[order]
         rows = ranges(self.starts[order], lens)
         sequence, positions = self._sequence[rows], self._positions[rows]
         table = np.where(whole[order, None], own.own_blocks[order], own.base_blocks[order])
@@ -221,10 +232,15 @@ class Sweep:
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
         routes = torch.nn.functional.pad(self._routes[:, where], (0, -len(rows) % 16))
+        num_joining, slots_of = int(spans[joins].sum()), self._slots
         moved = None
         if own.moves_base.any():
             tokens = upload(np.flatnonzero(own.moves_base[sequence]), torch.int64, device)
-            moved = tokens, self._slots[where[tokens]]
-        part = _Part(where, self._layers.batch(queries), token_ids, routes, moved)
+            moved = tokens, slots_of[where[tokens]]
+        behind = ranges(self.starts[joins], self._lens[joins])
+        changed = upload(rows[:num_joining] - (behind[0] if num_joining else 0), torch.int64, device)
+        behind_slots = slots_of[upload(behind, torch.int64, device)]
+        batch, joining_slots = self._layers.batch(queries), slots_of[where[:num_joining]]
+        part = _Part(batch, token_ids, routes, num_joining, joining_slots, behind_slots, changed, moved)
         self._last = key, part
         return part
