@@ -25,6 +25,8 @@ Nothing is timed before the sides agree on scores of a small model with equal we
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import itertools
 import math
 import random
@@ -357,12 +359,12 @@ class Search:
 
 
 def profiled(search: Search, command: dict[str, Any]) -> Row:
-    """A run under cProfile, with the functions that took longest by themselves."""
+    """A run under cProfile, with the functions that took longest by themselves, and one without it."""
     import cProfile
     import pstats
 
-    outside = outside_the_model(search, command)
-    profile = cProfile.Profile()
+    parts = python_of(search, command)
+    profile = cProfile.Profile(time.process_time)
     profile.enable()
     found = search.attempts(**command)
     profile.disable()
@@ -370,36 +372,58 @@ def profiled(search: Search, command: dict[str, Any]) -> Row:
     own = sorted(((values[2], values[3], name) for name, values in rows.items()), reverse=True)
     return {
         **found,
-        "outside": outside,
+        "parts": parts,
         "rows": [(f"{Path(path).name}:{line} {name}", took, cum) for took, cum, (path, line, name) in own[:60]],
     }
 
 
-def outside_the_model(search: Search, command: dict[str, Any]) -> float:
-    """CPU milliseconds a candidate outside the model's layers and its scores, as cells and without a profiler."""
+def python_of(search: Search, command: dict[str, Any]) -> dict[str, float]:
+    """CPU milliseconds a candidate by what they are spent on, as cells and without a profiler.
+
+    Returns:
+        `layers`: vLLM's model code and the scores, its Python included; `moved`: the residual stream and KV blocks, copied between
+        passes; `answers`: the request of each prompt at the end, which a round has for few candidates; `python`: everything else,
+        which is this project's search, arrays and attention metadata; and `passes` through one layer.
+
+    """
     from vllm_unsafe_routes.engine.layer_range import LayerRange
     from vllm_unsafe_routes.engine.scoring import Scoring
+    from vllm_unsafe_routes.engine.sweep import Sweep
 
-    inside, held = [0.0], {(owner, name): getattr(owner, name) for owner, name in ((LayerRange, "run"), (Scoring, "of_rows"))}
+    parts: dict[str, list[tuple[Any, str]]] = {
+        "layers": [(LayerRange, "run"), (Scoring, "of_rows")],
+        "moved": [(LayerRange, "copy_blocks"), *((Sweep, name) for name in ("_joined", "_of_bases", "_keep"))],
+        "answers": [(type(search.backend), name) for name in ("submit", "poll")],
+    }
+    spent: dict[str, float] = dict.fromkeys(parts, 0.0)
+    open_calls, passes = [], 0
+    held = {(owner, name): (getattr(owner, name), what) for what, places in parts.items() for owner, name in places}
 
-    def timed(own: Any) -> Any:
+    def timed(own: Any, what: str) -> Any:
         def call(*args: Any) -> Any:
+            nonlocal passes
+            if own.__qualname__ == "LayerRange.run":
+                passes += args[2] - args[1]
             start = time.process_time()
+            open_calls.append(own)
             try:
                 return own(*args)
             finally:
-                inside[0] += time.process_time() - start
+                open_calls.pop()
+                # What one of these calls within another is the other's.
+                spent[what] += 0 if open_calls else time.process_time() - start
 
         return call
 
     try:
-        for (owner, name), own in held.items():
-            setattr(owner, name, timed(own))
+        for (owner, name), (own, what) in held.items():
+            setattr(owner, name, timed(own, what))
         found = search.attempts(**{**command, "seed": command["seed"] + 500})
     finally:
-        for (owner, name), own in held.items():
+        for (owner, name), (own, _) in held.items():
             setattr(owner, name, own)
-    return float(1000 * (found["cpu_seconds"] - inside[0]) / found["candidates"])
+    spent["python"] = found["cpu_seconds"] - sum(spent.values())
+    return {**{what: 1000 * took / found["candidates"] for what, took in spent.items()}, "passes": passes / found["candidates"]}
 
 
 def agreement(options: dict[str, Any]) -> Talk:
@@ -457,13 +481,18 @@ def agreement_options(key: str, run: Run) -> dict[str, Any]:
     return {"name": key, "model": key, "device": device, "scratch": str(run.scratch), "settings": settings, "count": count}
 
 
-def peak_rss(reset: bool = False) -> float:
-    """Peak resident memory of this process in MiB since the last reset."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def resident(field: str) -> float:
+    """Memory of this process in MiB: "VmRSS", what is resident now; "VmHWM", the most since the last reset."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
     return int(found[1]) / 1024
+
+
+def without_free_pages() -> float:
+    """Resident memory in MiB once glibc's allocator has given back what is free: it keeps tensors' memory for the next ones."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident("VmRSS")
 
 
 def serve_memory(options: dict[str, Any]) -> Talk:
@@ -499,9 +528,10 @@ def serve_memory(options: dict[str, Any]) -> Talk:
     stream(options["warm_up"])
     command = yield "ready"
     while True:
-        peak_rss(reset=True)
+        Path("/proc/self/clear_refs").write_text("5")
         watch = Watch()
-        command = yield {"candidates": stream(command["count"]), **watch.read(), "peak": peak_rss()}
+        found = {"candidates": stream(command["count"]), **watch.read(), "peak": resident("VmHWM")}
+        command = yield {**found, "in_use": without_free_pages()}
 
 
 # The parent.
@@ -773,12 +803,12 @@ def memory(run: Run, results: Results, long: bool) -> None:
     child.read(run.left)
     for count in counts:
         found = child.ask(run.left, count=count)
-        peak = round(found["peak"], 1)
+        peak, in_use = round(found["peak"], 1), round(found["in_use"], 1)
         rate = round(found["candidates"] / found["cpu_seconds"], 2)
         times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
         about = {"kind": "memory", "threads": 1, "variant": "cells, lab model", "candidates": count}
-        results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak)
-        results.step("memory", candidates=count, peak_mib=peak, candidates_per_s=rate)
+        results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak, in_use_mib=in_use)
+        results.step("memory", candidates=count, peak_mib=peak, in_use_mib=in_use, candidates_per_s=rate)
     child.close()
 
 
@@ -792,9 +822,9 @@ def profile(run: Run, log: Path) -> None:
     found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells["cells"][16], seed=5, **sizes)
     engine.close()
     print(f"{found['candidates']} candidates in {found['seconds']:.1f} s; {found['computed']} of {found['tokens']} tokens computed")
-    print(f"{found['outside']:.3f} ms of CPU time a candidate outside the model's layers and scores")
+    print("CPU milliseconds a candidate: " + ", ".join(f"{name} {value:.3f}" for name, value in found["parts"].items()))
     for name, own, cumulative in found["rows"]:
-        print(f"{100 * own / found['seconds']:6.2f}% own {100 * cumulative / found['seconds']:6.2f}% with callees  {name}")
+        print(f"{100 * own / found['cpu_seconds']:6.2f}% own {100 * cumulative / found['cpu_seconds']:6.2f}% with callees  {name}")
 
 
 # Tables.

@@ -154,33 +154,33 @@ class Cells:
             raise RouteError(f"{len(moves)} moves with {len(experts)} sets of experts")
         if len(moves) and not shape.top_k <= experts.shape[1] <= (shape.num_experts if self.chooses else shape.top_k):
             raise RouteError(f"moves of {experts.shape[1]} experts, top_k {shape.top_k} are needed")
-        ordered = np.sort(experts, axis=1)
-        banned = np.zeros((shape.num_hidden_layers, shape.num_experts), bool)
-        protected = np.zeros_like(banned)
-        for layer, entry in (policy.layers if policy is not None else {}).items():
-            banned[layer, list(entry.disabled)] = True
-            protected[layer, list(entry.protected)] = True
+        layers = moves[:, LAYER]
         self._refuse((moves[:, CANDIDATE] < 0) | (moves[:, CANDIDATE] >= self.num_candidates), "the candidate is out of range")
-        self._refuse(np.diff(moves[:, CANDIDATE], prepend=0) < 0, "moves must stand in the order of candidates")
-        self._refuse(~np.isin(moves[:, LAYER], shape.moe_layers), f"MoE layers are {shape.describe_layers()}")
+        self._refuse(moves[1:, CANDIDATE] < moves[:-1, CANDIDATE], "moves must stand in the order of candidates", 1)
+        self._refuse((layers[:, None] != np.array(shape.moe_layers)).all(1), f"MoE layers are {shape.describe_layers()}")
         inside = (moves[:, START] >= 0) & (moves[:, START] < moves[:, END]) & (moves[:, END] <= len(self.prompt))
         everywhere = (moves[:, START] == 0) & (moves[:, END] == self.num_tokens)
         self._refuse(~(inside | everywhere), f"the prompt has {len(self.prompt)} tokens")
         self._refuse(((experts < 0) | (experts >= shape.num_experts)).any(1), f"there are {shape.num_experts} experts")
-        self._refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), "an expert is repeated")
-        rows = np.arange(len(moves))[:, None]
         chosen = np.zeros((len(moves), shape.num_experts), bool)
-        chosen[rows, experts] = True
-        self._refuse((chosen & banned[moves[:, LAYER]]).any(1), "an expert is disabled by the engine's policy")
-        self._refuse((protected[moves[:, LAYER]] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
+        chosen[np.arange(len(moves))[:, None], experts] = True
+        self._refuse(chosen.sum(1) < experts.shape[1], "an expert is repeated")
+        if policy is not None and policy.layers:
+            banned = np.zeros((shape.num_hidden_layers, shape.num_experts), bool)
+            protected = np.zeros_like(banned)
+            for layer, entry in policy.layers.items():
+                banned[layer, list(entry.disabled)] = True
+                protected[layer, list(entry.protected)] = True
+            self._refuse((chosen & banned[layers]).any(1), "an expert is disabled by the engine's policy")
+            self._refuse((protected[layers] & ~chosen).any(1), "an expert that the engine's policy protects is left out")
         if self.chooses:
             if policy is not None and policy.has_bias:
                 raise RouteError("moves whose tokens choose among experts know no policy's bias")
-            self._refuse((chosen & _disabled(plan, shape)[moves[:, LAYER]]).any(1), "an expert is disabled by the base plan")
+            self._refuse((chosen & _disabled(plan, shape)[layers]).any(1), "an expert is disabled by the base plan")
 
-    def _refuse(self, bad: Any, why: str) -> None:
+    def _refuse(self, bad: Any, why: str, first: int = 0) -> None:
         if bad.any():
-            at = int(bad.argmax())
+            at = first + int(bad.argmax())
             candidate, layer, start, end = self.moves[at].tolist()
             where = f"move {at} (candidate {candidate}, layer {layer}, positions {start}-{end - 1})"
             raise RouteError(f"{where}, experts {self.experts[at].tolist()}: {why}")

@@ -109,12 +109,11 @@ class RowLayout:
 
     def rows_of(self, experts: npt.NDArray[np.int32], native: bool, chooses: bool) -> npt.NDArray[np.int32]:
         """`forced_row` without weights, or `mask_row` where tokens choose, of experts [num_rows, any]: int32 [num_rows, ints]."""
-        allowed = np.zeros((len(experts), self.num_words), np.uint32)
-        for column in experts.T:
-            allowed[np.arange(len(experts)), column // 32] |= np.uint32(1) << (column % 32).astype(np.uint32)
+        allowed = np.zeros((len(experts), 32 * self.num_words), bool)
+        allowed[np.arange(len(experts))[:, None], experts] = True
         rows = np.zeros((len(experts), sum(self.widths[:4])), np.int32)
         rows[:, 0] = (0 if chooses else FLAG_FORCED) | (FLAG_NATIVE_WEIGHTS if native else 0)
-        rows[:, 1 : 1 + self.num_words] = allowed.view(np.int32)
+        rows[:, 1 : 1 + self.num_words] = np.packbits(allowed, 1, bitorder="little").view("<i4")
         if not chooses:
             rows[:, 1 + self.num_words : 1 + self.num_words + self.top_k] = experts
         return rows

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -180,7 +180,10 @@ class Sweep:
         self.row_index = part.routes
         if start and part.num_joining:
             self._stream.insert(0, self._of_bases(start, part.joining))
-        found = self._layers.run(start, end, part.batch, part.token_ids, self._joined() if start else {})
+        self._keep(part, end, self._layers.run(start, end, part.batch, part.token_ids, self._joined() if start else {}))
+
+    def _keep(self, part: _Part, end: int, found: Mapping[str, torch.Tensor]) -> None:
+        """Take what came out in front of layer `end`, for moving bases and for the layers that follow."""
         if part.moved is not None:
             tokens, slots = part.moved
             for key, value in found.items():
@@ -231,16 +234,16 @@ class Sweep:
         where = upload(rows, torch.int64, device)
         token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
-        routes = torch.nn.functional.pad(self._routes[:, where], (0, -len(rows) % 16))
+        routes = torch.nn.functional.pad(self._routes.index_select(1, where), (0, -len(rows) % 16))
         num_joining, slots_of = int(spans[joins].sum()), self._slots
         moved = None
         if own.moves_base.any():
             tokens = upload(np.flatnonzero(own.moves_base[sequence]), torch.int64, device)
-            moved = tokens, slots_of[where[tokens]]
+            moved = tokens, slots_of.index_select(0, where.index_select(0, tokens))
         behind = ranges(self.starts[joins], self._lens[joins])
         changed = upload(rows[:num_joining] - (behind[0] if num_joining else 0), torch.int64, device)
-        behind_slots = slots_of[upload(behind, torch.int64, device)]
-        batch, joining_slots = self._layers.batch(queries), slots_of[where[:num_joining]]
+        behind_slots = slots_of.index_select(0, upload(behind, torch.int64, device))
+        batch, joining_slots = self._layers.batch(queries), slots_of.index_select(0, where[:num_joining])
         part = _Part(batch, token_ids, routes, num_joining, joining_slots, behind_slots, changed, moved)
         self._last = key, part
         return part

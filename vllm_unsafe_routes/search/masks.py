@@ -43,8 +43,6 @@ class Experts:
             ]
             for layer in shape.moe_layers
         }
-        # Draws want arrays.
-        self._free = {layer: np.array(experts) for layer, experts in self.free.items()}
         # A layer whose protected experts fill every route has nothing to search.
         self.searchable = tuple(layer for layer in shape.moe_layers if len(self.protected[layer]) < shape.top_k)
         if not self.searchable:
@@ -53,8 +51,9 @@ class Experts:
     def draw(self, rng: np.random.Generator, layer: int) -> tuple[int, ...]:
         """A random set of top_k experts for a layer, sorted."""
         kept = self.protected[layer]
-        chosen = rng.choice(self._free[layer], self.shape.top_k - len(kept), replace=False).tolist()
-        return tuple(sorted([*kept, *chosen]))
+        free = self.free[layer]
+        chosen = rng.choice(len(free), self.shape.top_k - len(kept), replace=False).tolist()
+        return tuple(sorted([*kept, *(free[at] for at in chosen)]))
 
     def draw_many(self, count: int, layer: int, *parts: str | int) -> list[tuple[int, ...]]:
         """`count` draws for a layer from `rng_of(*parts, layer)`."""
