@@ -301,11 +301,13 @@ def cpu_table(rows: Rows) -> str:
 
 
 def quickest(rows: Rows, load: str, variant: str) -> str:
-    """Stock's quickest turn over the variant's: what other work takes from a turn is not in it."""
-    seconds = [
-        [float(row["seconds"]) for row in rows if (row["load"], row["variant"]) == (load, name)] for name in ("stock", variant)
-    ]
-    return f"{min(seconds[0]) / min(seconds[1]):.3f}" if all(seconds) else NOT_MEASURED
+    """Stock's quickest turn over the variant's in the same run: what other work takes from a turn is not in it."""
+    mine = [row for row in rows if (row["load"], row["variant"]) == (load, variant)]
+    run = [(row["date"], row["commit"], row["load"], "stock") for row in mine[-1:]]
+    stock = [row for row in rows if (row["date"], row["commit"], row["load"], row["variant"]) in run]
+    if not stock:
+        return NOT_MEASURED
+    return f"{min(float(row['seconds']) for row in stock) / min(float(row['seconds']) for row in mine):.3f}"
 
 
 def gpu_table(rows: Rows) -> str:
