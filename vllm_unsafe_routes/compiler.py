@@ -83,7 +83,7 @@ class PlanCompiler:
         self._rules = [
             LayerRules(self.layout)
             if entry is None
-            else LayerRules(self.layout, expert_bits(entry.disabled), expert_bits(entry.protected), tuple(dict(entry.bias).items()))
+            else LayerRules(self.layout, expert_bits(entry.disabled), expert_bits(entry.protected), tuple(entry.bias.items()))
             for entry in entries
         ]
         self._memory = _Memory()

@@ -17,7 +17,7 @@ from .errors import RouteError
 from .files import read_file, write_atomically
 from .plan import WEIGHT_MODES
 from .shape import ModelShape
-from .wire import read_document, reject_unknown_keys
+from .wire import read_bias, read_document, reject_unknown_keys
 
 POLICY_VERSION = "route-policy/1"
 # Of a policy with a bias; others are written as they were before there was one.
@@ -33,29 +33,31 @@ class LayerPolicy:
     Attributes:
         disabled: experts that no token may be routed to.
         protected: experts that no request's plan may exclude.
-        bias: expert -> what is added to its logit before scoring, of every token that no plan forces. Kept as (expert, value) by
+        bias: expert -> what is added to its logit before scoring, of every token that no plan forces. Kept as a read-only copy by
             expert, without zeros.
 
     """
 
     disabled: frozenset[int] = frozenset()
     protected: frozenset[int] = frozenset()
-    bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("disabled", "protected"):
             object.__setattr__(self, name, frozenset(integers(getattr(self, name), f"policy: {name}")))
-        try:
-            bias = dict(self.bias)
-        except (TypeError, ValueError):
-            raise RouteError(f"policy: bias must be a mapping of expert -> value, got {self.bias!r}") from None
-        experts = integers(bias, "policy: bias")
-        values = numbers(bias.values(), len(experts), "policy", "bias")
+        if not isinstance(self.bias, Mapping):
+            raise RouteError(f"policy: bias must be a mapping of expert -> value, got {self.bias!r}")
+        experts = integers(self.bias, "policy: bias")
+        values = numbers(self.bias.values(), len(experts), "policy", "bias")
         both = sorted(self.disabled & {*experts})
         if both:
             raise RouteError(f"policy: expert {both[0]} is both disabled and biased")
         kept = sorted((expert, value) for expert, value in zip(experts, values, strict=True) if value)
-        object.__setattr__(self, "bias", tuple(kept))
+        object.__setattr__(self, "bias", MappingProxyType(dict(kept)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view can be neither pickled nor copied deeply.
+        return LayerPolicy, (self.disabled, self.protected, dict(self.bias))
 
     @property
     def routes(self) -> bool:
@@ -65,7 +67,7 @@ class LayerPolicy:
     @property
     def experts(self) -> set[int]:
         """All that it speaks of."""
-        return {*self.disabled, *self.protected, *dict(self.bias)}
+        return {*self.disabled, *self.protected, *self.bias}
 
 
 _NOTHING = LayerPolicy()
@@ -104,7 +106,7 @@ class RoutePolicy:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A read-only view can be neither pickled nor copied deeply.
+        # As for `LayerPolicy`.
         return RoutePolicy, (dict(self.layers), self.weights, self.model, dict(self.provenance))
 
     @classmethod
@@ -129,7 +131,9 @@ class RoutePolicy:
         known = {"disabled", "protected"} | ({"bias"} if document["version"] == BIASED_VERSION else set())
         layers: dict[int, LayerPolicy] = {}
         for name, entry in entries.items():
-            layer = _index(name, "policy layer", "a layer index")
+            if not (str(name).isascii() and str(name).isdecimal() and len(str(name)) <= 9):
+                raise RouteError(f"policy layer {str(name)[:80]!r} is not a layer index")
+            layer = int(name)
             if layer in layers:
                 raise RouteError(f"policy layer {name} is given twice")
             layers[layer] = _read_layer(entry, known, f"policy layer {name}")
@@ -141,7 +145,7 @@ class RoutePolicy:
         for layer, entry in sorted(self.layers.items()):
             layers[str(layer)] = {"disabled": sorted(entry.disabled), "protected": sorted(entry.protected)}
             if entry.bias:
-                layers[str(layer)]["bias"] = {str(expert): value for expert, value in dict(entry.bias).items()}
+                layers[str(layer)]["bias"] = {str(expert): value for expert, value in entry.bias.items()}
         version = BIASED_VERSION if self.has_bias else POLICY_VERSION
         document: dict[str, Any] = {"version": version, "weights": self.weights, "layers": layers}
         if self.model is not None:
@@ -200,12 +204,6 @@ class RoutePolicy:
                 )
 
 
-def _index(name: Any, what: str, of: str) -> int:
-    if not str(name).isdecimal() or len(str(name)) > 9:
-        raise RouteError(f"{what} {str(name)[:80]!r} is not {of}")
-    return int(name)
-
-
 def _read_layer(entry: Any, known: set[str], where: str) -> LayerPolicy:
     """One entry of the JSON form."""
     if not isinstance(entry, Mapping):
@@ -216,14 +214,11 @@ def _read_layer(entry: Any, known: set[str], where: str) -> LayerPolicy:
     for key, experts in (("disabled", disabled), ("protected", protected)):
         if len(set(experts)) != len(experts):
             raise RouteError(f"{where}: an expert is repeated in {key}: {list(experts)}")
-    given = entry.get("bias", {})
-    if not isinstance(given, Mapping):
-        raise RouteError(f"{where}: bias must be an object of expert -> value, got {given!r}")
-    biased = [_index(name, f"{where}: bias of", "an expert") for name in given]
+    biased, values = read_bias(entry.get("bias", {}), where)
     if len(set(biased)) != len(biased):
         raise RouteError(f"{where}: an expert is repeated in bias: {biased}")
-    values = numbers(given.values(), len(biased), where, "bias")
-    return LayerPolicy(frozenset(disabled), frozenset(protected), dict(zip(biased, values, strict=True)))
+    bias = dict(zip(biased, numbers(values, len(biased), where, "bias"), strict=True))
+    return LayerPolicy(frozenset(disabled), frozenset(protected), bias)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
         control = RoutePolicy.load(derived / f"control-{number}.json")
         for layer, entry in policy.layers.items():
             assert len(control.layers[layer].disabled) == len(entry.disabled)
-            assert sorted(dict(control.layers[layer].bias).values()) == sorted(dict(entry.bias).values())
+            assert sorted(control.layers[layer].bias.values()) == sorted(entry.bias.values())
     lines = num_lines(derived)
     command(*derive)
     assert num_lines(derived) == lines and f"best: {policy.provenance['rule']}" in capsys.readouterr().out

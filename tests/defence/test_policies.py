@@ -85,11 +85,11 @@ def test_additions_in_turn():
     bans, biases = rules.additions(rules.Choice(layer, expert, 0.0, step) for layer, expert, step in steps)
     assert (bans, biases) == ({2: [3]}, {2: {1: 3.0}, 0: {5: 0.5}})
     policy = rules.combine(SHAPE, bans, {0: [5]}, {}, biases)
-    assert policy.layers[2].bias == ((1, 3.0),) and policy.layers[0].protected == {5}
+    assert policy.layers[2].bias == {1: 3.0} and policy.layers[0].protected == {5}
     for number in range(5):
         control = rules.random_control(policy, SHAPE, number, "x")
         assert [len(entry.disabled) for entry in control.layers.values()] == [0, 1]
-        assert [[value for _, value in entry.bias] for entry in control.layers.values()] == [[0.5], [3.0]]
+        assert [[*entry.bias.values()] for entry in control.layers.values()] == [[0.5], [3.0]]
 
 
 def test_random_choices_depend_on_their_parts():

@@ -46,13 +46,13 @@ def test_it_is_as_if_the_gate_had_it(name, weights):
     for _ in range(20):
         drawn = random_biases(rng, SHAPE, weights)
         layers = {
-            at: LayerPolicy(bias={e: round(4 * v) / 4 for e, v in dict(entry.bias).items()}) for at, entry in drawn.layers.items()
+            at: LayerPolicy(bias={e: round(4 * v) / 4 for e, v in entry.bias.items()}) for at, entry in drawn.layers.items()
         }
         policy, plan = RoutePolicy(layers, weights), random_plan(rng, SHAPE, LENGTH)
         logits = (torch.randn(2 * LENGTH, 16, generator=generator) * 8).round() / 4
         added = torch.zeros(2, 16)
         for layer, entry in policy.layers.items():
-            for expert, value in dict(entry.bias).items():
+            for expert, value in entry.bias.items():
                 added[layer, expert] = value
         rows, row_index, _ = rows_of(PlanCompiler(SHAPE, policy), plan)
         plain_rows, plain_index, planned = rows_of(PlanCompiler(SHAPE), plan)

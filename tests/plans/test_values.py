@@ -32,6 +32,16 @@ def test_a_policy_keeps_what_it_was_made_of():
     assert policy.layers == {1: LayerPolicy(frozenset({7, 9}))} and policy.provenance == {"rule": "by hand"}
 
 
+def test_a_bias_is_a_read_only_copy_by_expert():
+    given = {9: 1.5, 2: -0.25, 4: 0.0}
+    entry = LayerPolicy(bias=given)
+    given[9] = 3.0
+    assert list(entry.bias.items()) == [(2, -0.25), (9, 1.5)]
+    with pytest.raises(TypeError):
+        entry.bias[2] = 1.0
+    assert copy.deepcopy(entry) == pickle.loads(pickle.dumps(entry)) == entry
+
+
 def test_a_policy_without_a_bias_is_what_it_was_before_there_was_one():
     policy = RoutePolicy({3: LayerPolicy({7, 1}, {3}), 5: LayerPolicy({0}, bias={2: 0.0})}, "native")
     assert policy.digest == "6212b20ed998d422c2ea8d8505607455" and policy.to_dict()["version"] == "route-policy/1"
@@ -56,6 +66,7 @@ def test_a_bias_is_part_of_the_file_and_of_the_digest():
         (lambda: LayerPolicy(protected={-1}), r"protected\[0\] -1 is out of range"),
         (lambda: LayerPolicy(bias={-1: 1.0}), r"bias\[0\] -1 is out of range"),
         (lambda: LayerPolicy(bias=5), "bias must be a mapping of expert -> value, got 5"),
+        (lambda: LayerPolicy(bias=((2, 1.0),)), r"bias must be a mapping of expert -> value, got \(\(2, 1.0\),\)"),
         (lambda: LayerPolicy(bias={1: float("inf")}), r"policy: bias must be finite float32 numbers, got \[inf\]"),
         (lambda: LayerPolicy({1}, bias={1: 1.0}), "expert 1 is both disabled and biased"),
         (lambda: ActivePolicy(BIASED, "observe"), "policy_mode 'observe' counts picks that are disabled; what a bias moves it"),

@@ -181,7 +181,7 @@ def random_control(policy: RoutePolicy, shape: ModelShape, number: int, control_
     bans = {layer: drawn("ban", layer, len(entry.disabled)) for layer, entry in policy.layers.items()}
     protections = {layer: drawn("protect", layer, len(entry.protected)) for layer, entry in policy.layers.items()}
     biases = {
-        layer: dict(zip(drawn("bias", layer, len(entry.bias), bans[layer]), dict(entry.bias).values(), strict=False))
+        layer: dict(zip(drawn("bias", layer, len(entry.bias), bans[layer]), entry.bias.values(), strict=False))
         for layer, entry in policy.layers.items()
     }
     return combine(shape, bans, protections, {"rule": "random experts, equal size", "control_of": control_of}, biases)

@@ -49,7 +49,7 @@ class PolicyBackend:
             if entry.disabled:
                 plan.disable(layer, "all", sorted(entry.disabled))
             if entry.bias:
-                plan.bias(layer, "all", dict(entry.bias))
+                plan.bias(layer, "all", entry.bias)
         return plan.to_string()
 
     def submit(self, number: int, request: Request) -> None:

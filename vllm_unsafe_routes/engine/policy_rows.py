@@ -106,7 +106,7 @@ def banned_experts(shape: ModelShape, active: ActivePolicy, slots: Sequence[int]
 
 def layer_mask(shape: ModelShape, active: ActivePolicy, slot: int) -> LayerMask:
     """What the policy, whatever its mode, asks of all tokens at a MoE slot; on the CPU."""
-    entry, bias = dict(active.at(shape.moe_layers[slot]).bias), None
+    entry, bias = active.at(shape.moe_layers[slot]).bias, None
     if entry:
         bias = torch.zeros(shape.num_experts)
         bias[list(entry)] = torch.tensor(list(entry.values()))
