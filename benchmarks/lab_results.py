@@ -4,8 +4,9 @@ Each is measured on prompts that no choice was made on.
 
 For every model seed, in a process of its own: RoSais on the split `search`; router masking with both controls and F-SOUR in its
 three strategies on `test`; a policy derived on `search` and `tune`; the matrix of attacks by defences on `test`, with five
-times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise. Models run beside each other,
-`--jobs` at a time, one thread each. Runs are campaigns in `--runs`: an interrupted call goes on, and a second call only makes the
+times the deriver's attempts; the same attacks on a model that was safety-tuned under route noise; policies of bans alone, of bans
+and biases, and of these found against suffixes that were searched again, under one budget. Models run beside each other, `--jobs`
+at a time, one thread each. Runs are campaigns in `--runs`: an interrupted call goes on, and a second call only makes the
 tables again.
 
     python benchmarks/lab_results.py                                  # everything; an hour or two
@@ -34,7 +35,7 @@ from typing import Any
 from common import NOT_MEASURED, Rows, commit_of_tree, distinct, markdown, read_csv, write_csv
 
 # Parts and their prompts; a matrix has many cells.
-PARTS = {"attacks": 48, "defences": 24}
+PARTS = {"attacks": 48, "defences": 24, "biases": 16}
 STRATEGIES = ("paper", "code", "adaptive")
 COSTS = ("tokens a prompt", "tokens a prompt, one by one")
 LEVELS = (1, 2, 3)
@@ -46,9 +47,29 @@ DERIVE = shlex.split(
 )
 DERIVE_ATTEMPTS, ATTEMPTS = 1, 5
 DERIVE_SMALL = shlex.split("--rule protect --rule effect --bans 2 --protections 1 --suffixes 1")
-CONTROL_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
+# Rules of bans and biases beside each other: a smaller budget than the above, the same for all.
+BIASES = {
+    "bans": shlex.split("--rule greedy"),
+    "biases": shlex.split("--rule greedy-bias --bias 2"),
+    "again": shlex.split("--rule greedy-bias --bias 2 --search-again 1"),
+}
+BIASES_NAMES = {
+    "bans": "bans, protections",
+    "biases": "bans, biases, protections",
+    "again": "the same, suffixes searched again on the way",
+}
+DERIVE_BIASES = shlex.split(
+    "--rule protect --protections 3 --layers 4 --greedy-bans 4,8,12,24 --greedy-harmless 400 --suffixes 1 --keep 1 "
+    "--benign lab:search:benign --benign lab:tune:benign --confidence 0.8"
+)
+DERIVE_BIASES_SMALL = shlex.split(
+    "--rule protect --protections 1 --layers 1 --greedy-bans 2 --greedy-harmless 2 --suffixes 1 --adaptive-max-candidates 20"
+)
+BIASES_ATTEMPTS = 2
+FEW_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
 # Noise on router logits, as one more defence.
 JITTER = (2.0,)
+TRAINED = "route noise in safety tuning (another model)"
 # Of the table by model: the policy must hold on each.
 BY_MODEL = ("none", "derived policy", "random experts, equal size")
 ATTACKS = ("none", "random-masks", "random-layers", "rosais", "fsour-adaptive", "suffix", "suffix-transfer")
@@ -94,6 +115,8 @@ def run_model(seed: int, runs: Path, prompts: dict[str, int], parts: tuple[str, 
     )
     if "attacks" in parts:
         run_attacks(out, judged, masks, prompts["attacks"], small)
+    if "biases" in parts:
+        run_biases(out, judged, prompts["biases"], small)
     if "defences" in parts:
         num = prompts["defences"]
         evaluate = ["--data", "lab:test", "--limit", num, *masks, "--utility-limit", num * 4, "--attempts", ATTEMPTS]
@@ -144,12 +167,28 @@ def run_defences(out: Path, judged: Sequence[Any], evaluate: Sequence[Any], num:
     control = ["none", f"policy:{out / 'policy' / 'control-0.json'}"]
     # The control first: it needs the least, and without it the policy's figures say little.
     unsafe_routes(
-        *["evaluate", *judged, *evaluate, *words("--attack", CONTROL_ATTACKS), *words("--defence", control)],
+        *["evaluate", *judged, *evaluate, *words("--attack", FEW_ATTACKS), *words("--defence", control)],
         *["--out", out / "matrix-control"],
     )
     unsafe_routes(
         *["evaluate", *judged, *evaluate, *words("--attack", ATTACKS), "--rosais", out / "rosais", "--out", out / "matrix"],
         *words("--defence", names),
+    )
+
+
+def run_biases(out: Path, judged: Sequence[Any], num: int, small: bool) -> None:
+    """A policy by each of `BIASES`, then their matrix."""
+    derive = [*(DERIVE_BIASES_SMALL if small else DERIVE_BIASES), "--attempts", DERIVE_ATTEMPTS, "--utility-limit", num * 4]
+    for name, rules in BIASES.items():
+        unsafe_routes(
+            *["derive-policy", out / "rosais", *judged, "--data", "lab:tune", "--limit", num, *derive, *rules],
+            *["--out", out / f"policy-{name}"],
+        )
+    policies = [f"policy:{out / f'policy-{name}' / 'policy.json'}" for name in BIASES]
+    unsafe_routes(
+        *["evaluate", *judged, "--data", "lab:test", "--limit", num, "--utility-limit", num * 4, "--attempts", BIASES_ATTEMPTS],
+        *[*words("--attack", FEW_ATTACKS), "--out", out / "matrix-biases"],
+        *words("--defence", ["none", *policies, *(f"jitter:{scale:g}" for scale in JITTER)]),
     )
 
 
@@ -163,20 +202,22 @@ def rows_of(folder: Path) -> Iterator[tuple[str, str, str, Any, Any]]:
     for strategy in STRATEGIES:
         for one in tries(read(folder / f"fsour-{strategy}", Fsour)):
             yield "attacks", f"F-SOUR {strategy}", "ASR", one.prompt, one.judged.success
-    for run in ("matrix", "matrix-control", "matrix-robust"):
+    for run in ("matrix", "matrix-control", "matrix-robust", "matrix-biases"):
+        table = "biases" if run == "matrix-biases" else "defences"
         for record in (one for one in read(folder / run, Record) if isinstance(one, Matrix | Utility)):
             if run == "matrix-control" and record.defence == "none":
                 continue
-            row = "route noise in safety tuning (another model)" if run == "matrix-robust" else defence_name(record.defence)
+            row = TRAINED if run == "matrix-robust" else defence_name(record.defence)
             if isinstance(record, Matrix):
-                yield "defences", row, record.attack, record.prompt, record.success
+                yield table, row, record.attack, record.prompt, record.success
             else:
                 column, kind = ("benign right", "right") if record.kind == "benign" else ("over-refusal", "refused")
-                yield "defences", row, column, record.prompt, utility_row(record, kind)[-1]
+                yield table, row, column, record.prompt, utility_row(record, kind)[-1]
 
 
 def defence_name(name: str) -> str:
     """A defence without its path; the controls are one row."""
+    name = re.sub(r"policy:\S*policy-(\w+)/policy\.json", lambda found: BIASES_NAMES[found[1]], name)
     name = re.sub(r"policy:\S*control-\d+\.json", "random experts, equal size", name)
     return re.sub(r"policy:\S*policy\.json", "derived policy", name).replace("+", " + ")
 
@@ -196,9 +237,11 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
                 continue
             keys = [(table, row, column)]
             if table == "defences" and row in BY_MODEL:
-                path = runs / f"seed-{seed}" / "policy" / "policy.json"
-                rule = json.loads(path.read_text(encoding="utf-8"))["provenance"]["rule"]
+                rule = rule_of(runs / f"seed-{seed}/policy")
                 keys.append(("models", f"{seed}: {rule if row == 'derived policy' else row}", column))
+            if table == "biases":
+                rules = [rule_of(runs / f"seed-{seed}/policy-{name}") for name, shown in BIASES_NAMES.items() if shown == row]
+                keys.append(("biases by model", f"{seed}: {' '.join([row, *(f'({rule})' for rule in rules)])}", column))
             for key in keys:
                 for prompt, success in found:
                     cells.setdefault(key, {}).setdefault((prompt, seed), []).append(success)
@@ -228,6 +271,13 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
                 {"table": "attacks", "row": f"F-SOUR {strategy}", "column": name, "value": round(value, 1), "models": len(seeds)}
             )
     return lines
+
+
+def rule_of(folder: Path) -> str:
+    """The rule that a derivation chose."""
+    document = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+    rule: str = document["provenance"]["rule"]
+    return rule
 
 
 def columns(entry: dict[str, Any]) -> dict[str, Any]:
@@ -294,22 +344,42 @@ def models_table(lines: Rows) -> str:
     return markdown(["model, defence", *columns], shown) if rows else NOT_MEASURED
 
 
+def biases_table(lines: Rows) -> str:
+    """Bans and biases under one budget, all models together, then each by itself; router training is the table above's."""
+    rows = [line for line in lines if line["table"] == "biases"]
+    if not rows:
+        return NOT_MEASURED
+    trained = [line for line in lines if (line["table"], line["row"]) == ("defences", TRAINED)]
+    columns = [*FEW_ATTACKS, "benign right", "over-refusal"]
+    alone = [line for line in lines if line["table"] == "biases by model"]
+    groups = (rows, [{**line, "row": f"{TRAINED}, as above"} for line in trained], alone)
+    shown = [[row, *(cell(group, row, column) for column in columns)] for group in groups for row in distinct(group, "row")]
+    return f"{head(rows)}.\n\n{markdown(['defence', *columns], shown)}"
+
+
 LABELS = {
     "rosais": "best masks of the top RoSais layers",
     "random-layers": "best masks of random layers",
     "random-masks": "random masks",
 }
-TABLES = {"lab-attacks": attacks_table, "lab-defences": defences_table, "lab-models": models_table}
+TABLES = {
+    "lab-attacks": attacks_table,
+    "lab-defences": defences_table,
+    "lab-models": models_table,
+    "lab-biases": biases_table,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2", help="training seeds of the models, separated by commas")
-    parser.add_argument("--prompts", type=int, help="prompts of each split (default: 48 for attacks, 24 for defences)")
+    parser.add_argument(
+        "--prompts", type=int, help="prompts of each split (default: 48 for attacks, 24 for defences, 16 for biases)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
     parser.add_argument(
-        "--part", choices=list(PARTS), action="append", help="only this part; the other part's figures stay as they are"
+        "--part", choices=list(PARTS), action="append", help="only this part; the other parts' figures stay as they are"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lab_results.csv"))
     parser.add_argument("--tables-only", action="store_true", help="run nothing: make the tables of what is finished")
@@ -331,7 +401,7 @@ def main() -> None:
         about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
         rows = [about | row for row in rows]
         if not args.dry_run and args.out.exists():
-            # The other part's figures stay, with their date and commit.
+            # The other parts' figures stay, with their date and commit.
             made = {row["table"] for row in rows}
             rows += [row for row in read_csv(args.out) if row["table"] not in made]
     for name, table in TABLES.items():

@@ -11,15 +11,22 @@ from engines import engine
 from vllm_unsafe_routes import RoutePlan, RoutePolicy, RouteScorer, lab
 from vllm_unsafe_routes.cli import main
 from vllm_unsafe_routes.defence import policies as rules
+from vllm_unsafe_routes.defence.derive import DeriveStudy, derive
 from vllm_unsafe_routes.defence.greedy import Example, GreedySettings, greedy_bans
+from vllm_unsafe_routes.defence.paths import GreedyTrials
+from vllm_unsafe_routes.defence.trials import Budget
+from vllm_unsafe_routes.defence.utility import UtilityPrompts
 from vllm_unsafe_routes.errors import RouteError
+from vllm_unsafe_routes.search.adaptive import AdaptiveSettings
 from vllm_unsafe_routes.search.backend import run_tasks
+from vllm_unsafe_routes.search.fsour import FsourSettings
 from vllm_unsafe_routes.search.rosais import share_masks
 from vllm_unsafe_routes.search.scorer import make_backend
 from vllm_unsafe_routes.study import workspace
 from vllm_unsafe_routes.study.model import Model
 from vllm_unsafe_routes.study.prompts import read_prompts
-from vllm_unsafe_routes.study.records import Addition, Rosais
+from vllm_unsafe_routes.study.records import Addition, Rosais, read
+from vllm_unsafe_routes.study.settings import EngineSettings, JudgeSettings
 
 pytestmark = pytest.mark.v1_only
 LAB = ("--model", "lab", "--dtype", "float32")
@@ -86,6 +93,25 @@ def test_the_first_step_of_a_bias_is_the_best_of_all_steps_and_bans(backend, exa
     assert (added[0].expert, added[0].bias) == list(plans)[int(means.argmin())]
 
 
+def test_a_path_goes_on_with_more_examples(backend, examples):
+    """From additions that were found before, measured anew; what they ban is no candidate any more."""
+    opened, harmless = examples
+    settings = GreedySettings(max_bans=3, budget=0.0, utility_weight=0.0, floor=-1e9)
+    before = [rules.Choice(1, 5, 0.0), rules.Choice(3, 7, 0.0)]
+    ((_, added),) = run_tasks(backend, [(0, greedy_bans(backend, opened, harmless, [1, 3], settings, before=before))])
+    assert [one.candidate for one in added[:2]] == [one.candidate for one in before]
+    plans = [RoutePlan().disable(1, "all", [5]).disable(3, "all", [7])]
+    tried = [(at, expert) for at in (1, 3) for expert in range(16) if (at, expert) not in {(1, 5), (3, 7)}]
+    for at, expert in tried:
+        bans = {1: [5], 3: [7]}
+        bans[at].append(expert)
+        plans.append(RoutePlan().disable(1, "all", sorted(bans[1])).disable(3, "all", sorted(bans[3])))
+    means = sum(RouteScorer(backend).score(one.prompt, one.target, plans) for one in opened) / len(opened)
+    assert (added[2].layer, added[2].expert) == tried[int(means[1:].argmin())]
+    assert added[1].strength == pytest.approx(-means[0], abs=1e-4)
+    assert added[2].strength == pytest.approx(-means[1:].min(), abs=1e-4)
+
+
 @pytest.mark.parametrize("steps", [(), (1.5,)], ids=["bans", "bans and biases"])
 def test_a_cut_off_addition_goes_on_as_if_it_had_not_been(backend, examples, steps):
     settings = {"max_bans": 4, "budget": 0.3, "floor": -1e9, "steps": steps}
@@ -110,6 +136,39 @@ def test_bans_as_cells_are_those_of_requests(backend, examples, monkeypatch):
         assert [found[:2] for found in one.measured] == [found[:2] for found in same.measured]
         gains = [[found[2] for found in note.measured if found[2] is not None] for note in (one, same)]
         assert gains[0] == pytest.approx(gains[1], abs=1e-5)
+
+
+def test_suffixes_are_searched_again_on_the_way(tmp_path, backend):
+    """Between the stages of a path; candidates meet such a search too, and a run that was cut off ends as if it had not been."""
+    said = []
+    study = DeriveStudy(
+        model="lab",
+        data="lab:tune",
+        limit=3,
+        out=tmp_path,
+        engine=EngineSettings(dtype="float32"),
+        judging=JudgeSettings("lab", max_new_tokens=32),
+        runs=(),
+        utility=UtilityPrompts(benign=("lab:tune:benign",), limit=4),
+        rules=("greedy-bias",),
+        num_layers=1,
+        budget=Budget(0.5),
+        suffixes=1,
+        greedy=GreedyTrials(bans=(2,), harmless=2, steps=(2.0,), again=1),
+        fsour=FsourSettings(strategy="adaptive", num_attempts=1, adaptive=AdaptiveSettings(max_candidates=20)),
+    )
+    found = derive(study, backend, said.append)
+    assert {"suffix", "fsour-adaptive"} <= {*found.best.measured} and "suffix-transfer" not in found.best.measured
+    assert any("suffixes searched again open" in line for line in said)
+    additions = read(tmp_path, Addition)
+    assert [(one.number, one.stage) for one in additions if one.share == 0.75] == [(0, 0), (1, 1)]
+    before = results(tmp_path)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
+    second = next(at for at, line in enumerate(lines) if '"addition"' in line) + 1
+    (tmp_path / "records.jsonl").write_text("".join(lines[:second]))
+    (tmp_path / "summary.json").unlink()
+    derive(study, backend)
+    assert_same_results(before, results(tmp_path))
 
 
 def test_a_budget_that_nothing_meets_bans_nothing(backend, examples):
@@ -170,8 +229,8 @@ def test_a_policy_is_derived_and_measured(tmp_path, capsys, monkeypatch, backend
     names = [record["name"] for record in kept.values() if record["type"] == "candidate"]
     assert {"none", "protect/1"} <= set(names) and policy.provenance["rule"] in names
     if any(record["type"] == "suffixes" and any(row[3] for row in record["found"]) for record in kept.values()):
-        assert {f"greedy-{share}/{size}" for share in ("0.99", "0.98") for size in (1, 2)} <= set(names)
-        assert "greedy-bias-0.98/2" in names
+        assert {"greedy-0.99/1", "greedy-0.99/2", "greedy-bias-0.99/2"} <= set(names)
+        assert "greedy-0.98/2" not in names, "of so few answers both shares keep all: one path"
         (answers,) = (record["answers"] for record in kept.values() if record["type"] == "answers")
         assert len(answers) == 2 * 6 + 6, "both sources of benign prompts, and the lab's own of the other kind"
     assert policy.provenance["runs"] == [str(scored)] and policy.provenance["measured"]["benign"] >= 0.98

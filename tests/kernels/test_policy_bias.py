@@ -45,9 +45,7 @@ def test_it_is_as_if_the_gate_had_it(name, weights):
     seen = set()
     for _ in range(20):
         drawn = random_biases(rng, SHAPE, weights)
-        layers = {
-            at: LayerPolicy(bias={e: round(4 * v) / 4 for e, v in entry.bias.items()}) for at, entry in drawn.layers.items()
-        }
+        layers = {at: LayerPolicy(bias={e: round(4 * v) / 4 for e, v in entry.bias.items()}) for at, entry in drawn.layers.items()}
         policy, plan = RoutePolicy(layers, weights), random_plan(rng, SHAPE, LENGTH)
         logits = (torch.randn(2 * LENGTH, 16, generator=generator) * 8).round() / 4
         added = torch.zeros(2, 16)

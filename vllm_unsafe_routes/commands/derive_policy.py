@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..defence.derive import RULES, DeriveStudy, GreedyTrials, derive
+from ..defence.derive import RULES, DeriveStudy, derive
+from ..defence.paths import GreedyTrials
 from ..defence.trials import Budget
 from ..errors import RouteError
 from .options import (
@@ -63,6 +64,13 @@ def add(commands: Any) -> None:
         default="",
         help="rule greedy-bias: steps by which an addition may raise or lower a router logit, such as 1,3 (default: bans only)",
     )
+    group.add_argument(
+        "--search-again",
+        type=int,
+        default=0,
+        help="rules greedy and greedy-bias: how often suffixes are searched again on the way, under the additions so far; "
+        "candidates then face a suffix search of their own instead of replayed suffixes (default: 0)",
+    )
     group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
     group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
     group.add_argument(
@@ -105,7 +113,11 @@ def settings_of(args: argparse.Namespace) -> DeriveStudy:
         replay_suffixes=not args.no_suffix,
         suffixes=args.suffixes,
         greedy=GreedyTrials(
-            tuple(numbers_of(args.greedy_bans, "--greedy-bans")), args.greedy_weight, args.greedy_harmless, _steps(args.bias)
+            tuple(numbers_of(args.greedy_bans, "--greedy-bans")),
+            args.greedy_weight,
+            args.greedy_harmless,
+            _steps(args.bias),
+            args.search_again,
         ),
         keep=args.keep,
         fsour=fsour_settings(args),

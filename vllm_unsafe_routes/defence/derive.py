@@ -7,7 +7,7 @@ Candidates come from several rules and sizes (`policies.py`, `greedy.py`); each 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from ..search.rosais import share_masks
 from ..study.bench import Bench
 from ..study.campaign import Campaign, read_settings
 from ..study.model import NO_WRAPPER, Item
-from ..study.records import Addition, OwnAnswers, Record, Rosais, Suffixes, read
+from ..study.records import Record, Rosais, read
 from ..study.settings import Setup
 from ..study.summary import layer_scores
 from ..study.workspace import Workspace
 from . import policies
-from .attacks import Arena, AttackSettings, attack, words_of
-from .greedy import Example, GreedySettings, greedy_bans
+from .attacks import Arena, AttackSettings, words_of
+from .paths import SEED_STEP, GreedyTrials, Paths, find_suffixes, opened_by
 from .policies import Experts
 from .trials import Budget, Trial, Trials, kept
 from .utility import UtilityPrompts
@@ -40,30 +40,6 @@ RULES = policies.PROTECT_RULES + policies.BAN_RULES
 NUM_CONTROLS = 3
 # Settings of the run that a policy's provenance repeats.
 _PROVENANCE = ("model", "data", "seeds", "runs", "layers", "budget", "over_refusal", "confidence", "utility")
-
-
-@dataclass(frozen=True, slots=True)
-class GreedyTrials:
-    """What the rules greedy and greedy-bias try.
-
-    Attributes:
-        bans: numbers of additions in all, beside as many as help.
-        weight: nats of attack score that a nat of harmless answers must be worth.
-        harmless: harmless answers that each addition is weighed against, taken evenly.
-        steps: by how much greedy-bias may raise or lower a logit at a time; empty: that rule is not tried.
-
-    """
-
-    bans: tuple[int, ...] = (8, 16, 24, 32)
-    weight: float = 1.0
-    harmless: int = 128
-    steps: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not all(0 < step < float("inf") for step in self.steps):
-            raise RouteError(f"steps of biases must be positive numbers, got {list(self.steps)}")
-        if self.harmless < 1:
-            raise RouteError(f"greedy harmless must be at least 1, got {self.harmless}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +83,11 @@ class DeriveStudy(Setup):
                 raise RouteError(f"rule {rule!r} is not one of {', '.join(RULES)}")
         if "greedy-bias" in self.rules and not self.greedy.steps:
             raise RouteError("the rule greedy-bias needs steps: give --bias")
+
+    @property
+    def suffix_seeds(self) -> list[int]:
+        """One for each of a prompt's suffixes."""
+        return [seed + SEED_STEP * number for seed in self.seeds for number in range(self.suffixes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +188,7 @@ def _own_settings(
         "greedy_weight": study.greedy.weight,
         "greedy_harmless": study.greedy.harmless,
         "bias": study.greedy.steps,
+        "greedy_again": study.greedy.again,
         "keep": study.keep,
         "fsour": str(_fsour(study)),
         "utility": {kind: len(found) for kind, found in harmless.items()},
@@ -229,28 +211,17 @@ def _prepared(
     items, rendered = workspace.items, {kind: workspace.render(found, NO_WRAPPER) for kind, found in harmless.items()}
     known = {item.prompt.id: item for group in (items, *rendered.values()) for item in group}
     bench = replace(bench, **workspace.judges.on(workspace.model, known))
-    arena = Arena(bench, settings=AttackSettings(fsour=_fsour(study), answered_first=False))
+    arena = Arena(bench, settings=AttackSettings(fsour=_fsour(study), answered_first=False), words=words_of(workspace.model))
     attacks: dict[str, Sequence[int]] = {"fsour-adaptive": study.seeds}
     opened: list[Item] = []
-    # One seed for each of a prompt's suffixes.
-    seeds = [seed + 1000 * number for seed in study.seeds for number in range(study.suffixes)]
+    seeds = study.suffix_seeds
     if study.replay_suffixes and seeds:
-        attacks["suffix-transfer"] = seeds
-        found = kept(campaign, "suffixes", lambda: _find_suffixes(arena, items, seeds)).found
-        suffixes = {(seed, prompt): words for seed, prompt, words, _ in found}
-        opening = {(seed, prompt) for seed, prompt, _, success in found if success}
-        keys = [(item, (seed, item.prompt.id)) for item in items for seed in seeds]
-        opened = [arena.with_suffix(item, suffixes[key]) for item, key in keys if key in opening]
-        arena = replace(arena, suffixes=suffixes)
+        suffixes = kept(campaign, "suffixes", lambda: find_suffixes(arena, items, seeds))
+        opened = opened_by(arena, items, suffixes)
+        arena = replace(arena, suffixes={(seed, prompt): words for seed, prompt, words, _ in suffixes.found})
+        # What meets suffixes that are searched again on the way is measured so.
+        attacks |= {"suffix": study.seeds} if study.greedy.again else {"suffix-transfer": seeds}
     return Trials(campaign, arena, items, rendered, attacks, study.budget, say), opened
-
-
-def _find_suffixes(arena: Arena, items: Sequence[Item], seeds: Sequence[int]) -> Suffixes:
-    """Suffixes on the undefended model, replayed under every candidate."""
-    arena = replace(arena, words=words_of(arena.bench.model))
-    tasks = [((seed, item.prompt.id), attack("suffix", arena, item, seed)) for seed in seeds for item in items]
-    found = dict(run_tasks(arena.bench.backend, tasks))
-    return Suffixes(found=tuple((*key, found[key].suffix or (), bool(found[key].success)) for key in sorted(found)))
 
 
 class _Derivation:
@@ -335,47 +306,11 @@ class _Derivation:
         if not self.opened:
             self.trials.say(f"{rule}: no suffix opened a prompt, so there is nothing to close")
             return []
-        opened = [Example(item.prompt.token_ids, item.prompt.target) for item in self.opened]
         pinned = {(layer, expert) for one in protections for layer, experts in one.protections.items() for expert in experts}
         tried = []
-        # Once with half of what the budget lets go, once with all of it: which is better is measured like everything else.
-        budget = self.study.budget.share
-        for share in sorted({(1 + budget) / 2, budget}, reverse=True):
-            steps = self.study.greedy.steps if rule == "greedy-bias" else ()
-            added = self._greedy_path(share, steps, opened, pinned)
+        paths = Paths(self.trials, self.study.greedy, self.layers, self.opened, self.study.suffix_seeds[-1:])
+        for share, added in paths.of_rule(rule, pinned):
             for size in sorted({size for size in self.study.greedy.bans if size < len(added)} | {len(added)} - {0}):
                 bans, biases = policies.additions(added[:size])
                 tried.append(self.trials.measure(f"{rule}-{share:.3g}/{size}", bans, {}, biases))
         return tried
-
-    def _greedy_path(
-        self, share: float, steps: tuple[float, ...], opened: Sequence[Example], pinned: Collection[tuple[int, int]]
-    ) -> list[policies.Choice]:
-        """The additions in their order; each is a record, so that an interrupted path goes on."""
-        campaign, greedy = self.trials.campaign, self.study.greedy
-        settings = GreedySettings(max(greedy.bans), budget=share, utility_weight=greedy.weight, steps=steps)
-        so_far = [record for record in read(campaign.folder, Addition) if (record.share, record.steps) == (share, steps)]
-
-        def note(_: Any, addition: Addition) -> None:
-            campaign.append(("greedy-bias" if steps else "greedy", share, addition.number), addition)
-
-        search = greedy_bans(self.bench.backend, opened, self._harmless(), self.layers, settings, pinned, so_far)
-        ((_, added),) = run_tasks(self.bench.backend, [(0, search)], note=note)
-        return added
-
-    def _harmless(self) -> list[Example]:
-        """Harmless prompts with the undefended model's own answers."""
-        items = [item for found in self.trials.harmless.values() for item in found]
-        answers = kept(self.trials.campaign, "answers", lambda: self._own_answers(items)).answers
-        examples = [Example(item.prompt.token_ids, answers[item.prompt.id]) for item in items if answers[item.prompt.id]]
-        # Every additional one costs a score for each ban that is tried; the budget is measured on all of them afterwards.
-        return examples[:: -(-len(examples) // self.study.greedy.harmless)] if examples else []
-
-    def _own_answers(self, items: Sequence[Item]) -> OwnAnswers:
-        def one(item: Item) -> Search[tuple[int, ...]]:
-            bench = self.bench
-            (response,) = yield [Request(item.prompt.token_ids, RouteExtras(), bench.max_new_tokens, bench.model.stop_token_ids)]
-            return tuple(response.token_ids)
-
-        tasks = [(item.prompt.id, one(item)) for item in items]
-        return OwnAnswers(answers=dict(run_tasks(self.bench.backend, tasks)))

@@ -30,10 +30,8 @@ from ..search.backend import Backend, Note, Response, Search
 from ..search.scorer import joint, target_request, weakest
 from ..shape import ModelShape
 from ..study.records import Addition
-from .policies import Choice, additions
+from .policies import Candidate, Choice, additions
 
-# (layer, expert, step of its bias); 0: a ban
-Candidate = tuple[int, int, float]
 Floats = npt.NDArray[np.floating]
 
 # While each token of an answer has at least this probability, greedy decoding gives that answer.
@@ -53,6 +51,7 @@ class GreedySettings:
         floor: log-probability of a target below which an attacked prompt is closed and gains no more, nats.
         batch: candidates measured at a time.
         steps: by how much a logit may be raised or lowered at a time; empty: bans only.
+        stage: for the notes, see `Addition`.
 
     """
 
@@ -62,6 +61,7 @@ class GreedySettings:
     floor: float = -3.0
     batch: int = 8
     steps: tuple[float, ...] = ()
+    stage: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ def greedy_bans(
     settings: GreedySettings,
     pinned: Collection[tuple[int, int]] = (),
     so_far: Iterable[Addition] = (),
+    before: Sequence[Choice] = (),
 ) -> Search[list[Choice]]:
     """Add bans one by one until none helps within the budget; every addition is noted as a record.
 
@@ -97,13 +98,14 @@ def greedy_bans(
         settings: settings.
         pinned: (layer, expert) that must stay, such as protected ones; they may be raised only.
         so_far: notes of an earlier run with the same arguments; it goes on from there.
+        before: additions to begin with, found on fewer examples.
 
     Returns:
         The additions in their order; `strength` is the value reached, in nats.
 
     """
     path = _Path(backend.shape, opened, harmless, layers, settings)
-    yield from path.start(pinned)
+    yield from path.start(pinned, before)
     for earlier in so_far:
         path.replay(earlier)
     while len(path.added) < settings.max_bans:
@@ -146,8 +148,8 @@ class _Path:
         self.clean: Floats = np.zeros(0)
         self.must_keep: Floats = np.zeros(0)
 
-    def start(self, pinned: Collection[tuple[int, int]]) -> Search[None]:
-        """Measure what holds without any."""
+    def start(self, pinned: Collection[tuple[int, int]], before: Sequence[Choice]) -> Search[None]:
+        """Measure what holds without any, then with these."""
         found: list[CellScores] = yield [Cells.of(one.prompt, one.target, None, [[]]) for one in self.examples]
         scores, least = _read(found)
         self.clean = scores[self.num_opened :, 0]
@@ -161,6 +163,12 @@ class _Path:
             for kind in kinds
             if kind > 0 or (layer, expert) not in pinned
         }
+        if not before:
+            return
+        for choice in before[:-1]:
+            self._add(choice.candidate, self.reached)
+        ((reached, _),) = yield from self._measure([before[-1].candidate])
+        self._add(before[-1].candidate, round(reached, 6))
 
     def replay(self, addition: Addition) -> None:
         """Take up an addition of an earlier run."""
@@ -173,7 +181,7 @@ class _Path:
         layer, expert, step = candidate
         if not step:  # nothing more can be done to a banned expert
             self.gains = {other: gain for other, gain in self.gains.items() if other[:2] != (layer, expert)}
-        self.added.append(Choice(layer, expert, reached, step))
+        self.added.append(Choice.of(candidate, reached))
         self.reached = reached
 
     def next_addition(self) -> Search[Addition | None]:
@@ -203,6 +211,7 @@ class _Path:
             expert=best[1],
             bias=best[2] or None,
             steps=self.settings.steps,
+            stage=self.settings.stage,
             value=self.reached,
             measured=tuple((layer, expert, gain) for layer, expert, step, gain in found if not step),
             measured_steps=tuple(one for one in found if one[2]),
@@ -231,8 +240,7 @@ class _Path:
         return self._values_of(scores, least)
 
     def _plan_with(self, candidate: Candidate) -> RoutePlan:
-        layer, expert, step = candidate
-        bans, biases = additions([*self.added, Choice(layer, expert, 0.0, step)])
+        bans, biases = additions([*self.added, Choice.of(candidate)])
         plan = RoutePlan()
         for at, experts in sorted(bans.items()):
             plan.disable(at, "all", sorted(experts))

@@ -35,6 +35,8 @@ from ..study.records import Fsour, Record, Rosais
 Experts = Mapping[int, Sequence[int]]
 # Layer -> expert -> what is added to its logit.
 Biases = Mapping[int, Mapping[int, float]]
+# (layer, expert, step of its bias); 0: a ban.
+Candidate = tuple[int, int, float]
 GREEDY_RULES = ("greedy", "greedy-bias")
 PROTECT_RULES = ("protect",)
 BAN_RULES = ("dataset-route", "lift", "effect", "contrast", *GREEDY_RULES)
@@ -58,6 +60,17 @@ class Choice:
     expert: int
     strength: float
     bias: float = 0.0
+
+    @classmethod
+    def of(cls, candidate: Candidate, strength: float = 0.0) -> Choice:
+        """The choice of a candidate."""
+        layer, expert, step = candidate
+        return cls(layer, expert, strength, step)
+
+    @property
+    def candidate(self) -> Candidate:
+        """What is chosen."""
+        return self.layer, self.expert, self.bias
 
 
 def presence_effect(records: Iterable[Record], shape: ModelShape) -> dict[int, npt.NDArray[np.float64]]:

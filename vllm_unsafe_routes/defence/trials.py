@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -17,11 +17,12 @@ from ..study.records import Candidate, Record, entries
 from . import policies
 from .attacks import Arena, success_rate
 from .policies import Biases, Experts
-from .under_policy import PolicyBackend
+from .under_policy import under
 from .utility import utility_rates
 
 R = TypeVar("R", bound=Record)
-_ATTACKS = ("fsour-adaptive", "suffix-transfer")
+_PLAN_ATTACKS = ("fsour-adaptive",)
+_ATTACKS = (*_PLAN_ATTACKS, "suffix-transfer", "suffix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,31 +138,43 @@ class Trials:
         self.campaign, self.arena, self.items, self.harmless = campaign, arena, items, harmless
         self.seeds, self.budget, self.say = seeds, budget, say
         self.shape = arena.bench.backend.shape
+        # Digest of bans and biases -> what was measured of requests without a plan.
+        self._without_plans: dict[str, Mapping[str, float]] = {}
 
     @cached_property
     def undefended(self) -> Trial:
         """What holds without a policy."""
-        trial = Trial("none", self._measured("none", RoutePolicy({}), lambda _: True))
+        trial = Trial("none", self._measured("none", RoutePolicy({}), lambda _: True, {}))
         self.budget.check(round(trial.measured["benign"] * len(self.harmless["benign"])))
+        self._remember(RoutePolicy({}, model=self.shape.fingerprint), trial.measured)
         return trial
 
     def measure(self, name: str, bans: Experts, protections: Experts, biases: Biases = MappingProxyType({})) -> Trial:
         """Measure a candidate."""
         policy = policies.combine(self.shape, bans, protections, {}, biases)
-        trial = Trial(name, self._measured(name, policy, self._keeps_budget), bans, protections, biases)
+        # Protections bind plans only: what comes without one is the same without them.
+        routes = policies.combine(self.shape, bans, {}, {}, biases)
+        measured = self._measured(name, policy, self._keeps_budget, self._without_plans.get(routes.digest, {}))
+        self._remember(routes, measured)
+        trial = Trial(name, measured, bans, protections, biases)
         self.say(f"{name:<28} {trial}{'' if self.affordable(trial) else '   over budget'}")
         return trial
 
-    def _measured(self, name: str, policy: RoutePolicy, is_attacked: Callable[[Mapping[str, float]], bool]) -> Mapping[str, float]:
+    def _remember(self, routes: RoutePolicy, measured: Mapping[str, float]) -> None:
+        self._without_plans[routes.digest] = {kind: value for kind, value in measured.items() if kind not in _PLAN_ATTACKS}
+
+    def _measured(
+        self, name: str, policy: RoutePolicy, is_attacked: Callable[[Mapping[str, float]], bool], known: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """Utility first: a candidate that costs too much is not attacked."""
 
         def make() -> Candidate:
-            bench = replace(self.arena.bench, backend=PolicyBackend(self.arena.bench.backend, policy))
-            arena = replace(self.arena, bench=bench)
-            measured = utility_rates(bench, self.harmless)
+            arena = under(self.arena, policy)
+            measured = dict(known) or utility_rates(arena.bench, self.harmless)
             if is_attacked(measured):
                 for attack, seeds in self.seeds.items():
-                    measured[attack] = success_rate(attack, arena, self.items, seeds)
+                    if attack not in known:
+                        measured[attack] = success_rate(attack, arena, self.items, seeds)
             rounded = {kind: round(value, 4) for kind, value in measured.items()}
             return Candidate(name=name, policy=policy.to_dict(), measured=rounded)
 

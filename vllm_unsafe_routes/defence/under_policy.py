@@ -15,6 +15,12 @@ from ..errors import RouteError
 from ..plan import RoutePlan
 from ..policy import RoutePolicy
 from ..search.backend import About, Backend, Request, Response
+from .attacks import Arena
+
+
+def under(arena: Arena, policy: RoutePolicy) -> Arena:
+    """The same place under a policy."""
+    return replace(arena, bench=replace(arena.bench, backend=PolicyBackend(arena.bench.backend, policy)))
 
 
 class PolicyBackend:

@@ -336,10 +336,10 @@ class Candidate(Record, frozen=True, kw_only=True, tag_field="type", tag="candid
 
 
 class Suffixes(Record, frozen=True, kw_only=True, tag_field="type", tag="suffixes"):
-    """The suffixes that `derive-policy` replays.
+    """Suffixes that `derive-policy` found, on the undefended model or under the additions of a greedy path so far.
 
     Attributes:
-        found: (seed, prompt, words, whether the undefended model complied).
+        found: (seed, prompt, words, whether the model complied).
 
     """
 
@@ -358,6 +358,7 @@ class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="additio
     Attributes:
         number: 0 for the first.
         share: the budget of its path.
+        stage: how often suffixes had been searched again when it was added.
         layer: decoder layer.
         expert: what was banned or biased there.
         bias: what was added to its bias; None: it was banned.
@@ -377,6 +378,7 @@ class Addition(Record, frozen=True, kw_only=True, tag_field="type", tag="additio
     bias: float | None = None
     steps: tuple[float, ...] = ()
     measured_steps: tuple[tuple[int, int, float, float | None], ...] = ()
+    stage: int = 0
 
 
 class Work(Record, frozen=True, kw_only=True, tag_field="type", tag="work"):

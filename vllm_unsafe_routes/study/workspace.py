@@ -22,7 +22,14 @@ from .prompts import read_prompts
 from .settings import EngineSettings, Setup
 
 # Settings that came after there were runs, with what runs that do not name them were made with.
-LATER_SETTINGS = {"controls": False, "weights": "masked", "masks.weights": "masked", "bias": [], "answered_first": False}
+LATER_SETTINGS = {
+    "controls": False,
+    "weights": "masked",
+    "masks.weights": "masked",
+    "bias": [],
+    "greedy_again": 0,
+    "answered_first": False,
+}
 
 
 class Workspace:
