@@ -44,6 +44,29 @@ def add(commands: Any) -> None:
     group.add_argument("--rule", action="append", choices=RULES, help="rules to try (default: all that the runs allow)")
     group.add_argument("--layers", type=int, default=5, help="top RoSais layers that the policy may touch (default: 5)")
     group.add_argument("--bans", default="2,4,6", help="bans a layer to try (default: 2,4,6)")
+    _add_greedy_options(group)
+    group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
+    group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
+    group.add_argument(
+        "--budget", type=float, default=0.98, help="share of right benign answers that must stay right (default: 0.98)"
+    )
+    group.add_argument(
+        "--confidence",
+        type=float,
+        default=0.5,
+        help="one-sided confidence with which the harmless prompts must show that the budget holds; 0.5 (default) takes their "
+        "share as it is, 0.8 leaves room for prompts that were not seen and wants more of them",
+    )
+    group.add_argument("--over-refusal", type=float, default=0.02, help="most that over-refusal may rise (default: 0.02)")
+    add_utility_options(group, "tune")
+    group.add_argument("--no-suffix", action="store_true", help="choose by F-SOUR alone, without replayed suffixes")
+    group.add_argument("--keep", type=int, default=2, help="best ban and protect candidates that are combined (default: 2)")
+    add_fsour_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_greedy_options(group: Any) -> None:
+    """Those of the rules greedy and greedy-bias."""
     group.add_argument(
         "--greedy-bans", default="8,16,24,32", help="rule greedy: bans in all to try, beside as many as help (default: 8,16,24,32)"
     )
@@ -71,24 +94,6 @@ def add(commands: Any) -> None:
         help="rules greedy and greedy-bias: how often suffixes are searched again on the way, under the additions so far; "
         "candidates then face a suffix search of their own instead of replayed suffixes (default: 0)",
     )
-    group.add_argument("--suffixes", type=int, default=3, help="suffixes searched for each prompt and seed (default: 3)")
-    group.add_argument("--protections", default="1,2,3", help="protected experts a layer to try, below top_k (default: 1,2,3)")
-    group.add_argument(
-        "--budget", type=float, default=0.98, help="share of right benign answers that must stay right (default: 0.98)"
-    )
-    group.add_argument(
-        "--confidence",
-        type=float,
-        default=0.5,
-        help="one-sided confidence with which the harmless prompts must show that the budget holds; 0.5 (default) takes their "
-        "share as it is, 0.8 leaves room for prompts that were not seen and wants more of them",
-    )
-    group.add_argument("--over-refusal", type=float, default=0.02, help="most that over-refusal may rise (default: 0.02)")
-    add_utility_options(group, "tune")
-    group.add_argument("--no-suffix", action="store_true", help="choose by F-SOUR alone, without replayed suffixes")
-    group.add_argument("--keep", type=int, default=2, help="best ban and protect candidates that are combined (default: 2)")
-    add_fsour_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
