@@ -1,4 +1,7 @@
-"""A policy in two data-parallel engine cores behind two API servers: enforced, counted over both, swapped in both or in none."""
+"""Two data-parallel engine cores behind two API servers: a policy is enforced, counted over both, swapped in both or in none.
+
+Plans hold on both as on one engine alone.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,45 @@ import cpu_collectives
 import httpx
 import numpy as np
 import pytest
-from engines import random_prompt
+from engines import engine, generate, random_prompt
 from servers import server
 from swaps import ADMIN, BANNED, NAME_OF, NUM_EXPERTS, NUM_LAYERS, PATH, POLICY, TOKEN, TOP_K, USAGE_PATH, eventually, put
 from tiny_models import VOCAB_SIZE
+from transformers import AutoConfig
 
+from vllm_unsafe_routes import ModelShape, RoutePlan, receipt_of
 from vllm_unsafe_routes.receipt import Receipt
+from vllm_unsafe_routes.route_probe import RouteProbe
 
 pytestmark = pytest.mark.v1_only  # server processes of their own
 
 FLAGS = ("--data-parallel-size", "2", "--api-server-count", "2", "--max-num-batched-tokens", "64", "--route-usage-labels", "a,b")
+FLAGS += ("--enable-route-overrides", "--router-logits-mib", "4")
 
 
 @pytest.fixture(scope="module")
-def two_cores(tiny_model, tmp_path_factory):
+def probe(tiny_model):
+    shape = ModelShape.from_hf_config(AutoConfig.from_pretrained(tiny_model("olmoe")))
+    weights = np.random.default_rng(4).normal(size=(NUM_LAYERS, NUM_EXPERTS))
+    return RouteProbe(shape.fingerprint, shape.moe_layers, weights, 0.25, 0.25).to_dict()
+
+
+@pytest.fixture(scope="module")
+def two_cores(tiny_model, tmp_path_factory, probe):
     folder = tmp_path_factory.mktemp("cores")
-    path = folder / "policy.json"
-    path.write_text(json.dumps(POLICY["a"]))
+    paths = {"--route-policy": POLICY["a"], "--route-monitor": probe}
+    flags = list(FLAGS)
+    for at, (flag, document) in enumerate(paths.items()):
+        path = folder / f"{at}.json"
+        path.write_text(json.dumps(document))
+        flags += [flag, str(path)]
     (folder / "plugin").mkdir()
     environment = {
         "VLLM_PLUGINS": "unsafe_routes,unsafe_routes_admin,cpu_collectives",
         "VLLM_UNSAFE_ROUTES_ADMIN_TOKEN": TOKEN,
         "PYTHONPATH": os.pathsep.join([cpu_collectives.install(folder / "plugin"), os.environ.get("PYTHONPATH", "")]),
     }
-    with server(tiny_model("olmoe"), folder / "log.txt", "--route-policy", str(path), *FLAGS, **environment) as started:
+    with server(tiny_model("olmoe"), folder / "log.txt", *flags, **environment) as started:
         yield started
 
 
@@ -74,6 +92,40 @@ def test_the_cores_agree_and_their_counts_add_up(two_cores):
     sample = 'vllm:unsafe_routes_tokens_total{mode="enforce"}'
     eventually(lambda: two_cores.metrics().get(sample, 0) >= 2 * computed)
     assert not any(value for name, value in two_cores.metrics().items() if "misses" in name or "nan_tokens" in name)
+
+
+def plans_for(prompts):
+    """None, masks everywhere, listed tokens, generated ones; all within policy a."""
+    force = RoutePlan().force(0, [2, len(prompts[2]) - 1], [8, 9, 10, 11]).disable(1, [0, 70], [0, 1])
+    bound = RoutePlan().for_prompt(prompts[3]).disable(1, "generated", [2, 3]).force(2, ("generated", 0, 3), [1, 3, 5, 7])
+    return [None, RoutePlan().disable(1, "all", [6, 7]), force, bound]
+
+
+def said_of(receipt):
+    return [receipt.policy, receipt.plan, receipt.tokens, receipt.routes_set, receipt.cached_tokens]
+
+
+def test_plans_logits_and_scores_are_those_of_one_engine(two_cores, tiny_model, probe):
+    """With plans on both cores at once, and on one core beside an idle one."""
+    prompts = [random_prompt(random.Random(seed), 80 + seed, VOCAB_SIZE) for seed in range(4)]
+    wanted = {"return_routes": True, "return_router_logits": True}
+    asked = [{**(plan.extra_args() if plan else {}), **wanted} for plan in plans_for(prompts)]
+    routes = {"policy": POLICY["a"], "allow_overrides": True, "router_logits_mib": 4, "monitor": probe}
+    with engine(tiny_model("olmoe"), routes) as llm:
+        alone = [(list(one.outputs[0].token_ids), receipt_of(one)) for one in generate(llm, prompts, asked, max_tokens=8)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        both = [pool.submit(complete, two_cores, prompts[at], rank=at % 2, **asked[at]) for at in range(4)]
+    found = [one.result() for one in both]
+    found += [complete(two_cores, prompts[at], rank=1 - at % 2, **asked[at]) for at in range(4)]
+    for (tokens, receipt), (other_tokens, other) in zip(found, 2 * alone, strict=True):
+        assert (tokens, said_of(receipt)) == (other_tokens, said_of(other))
+        assert (np.sort(receipt.route_ids) == np.sort(other.route_ids)).all()
+        np.testing.assert_allclose(receipt.router_logits, other.router_logits, atol=1e-4)
+        assert receipt.monitor["score"] == pytest.approx(other.monitor["score"], abs=1e-5)
+    assert len({tuple(tokens) for tokens, _ in alone}) == 4
+    slots = "vllm:unsafe_routes_table_slots_in_use"
+    eventually(lambda: two_cores.metrics().get(slots) == 0)
+    assert two_cores.metrics()["vllm:unsafe_routes_scored_prompts_total"] >= 8
 
 
 def test_a_swap_reaches_both_cores_under_load(two_cores):

@@ -347,7 +347,7 @@ ASKED_OF_US = (
 )
 # Row of the table in docs/integration.md -> a config that asks for it, its columns, what the refusal says.
 ASKED = {
-    "data parallel": (PARALLEL, {"data_parallel_size": 2}, "ynnn", "data_parallel_size=2: (a router may see|nobody has tried it)"),
+    "data parallel": (PARALLEL, {"data_parallel_size": 2}, "yyyy", None),
     "data parallel with other balancing": (
         PARALLEL,
         {"data_parallel_size": 2, "data_parallel_hybrid_lb": True},
@@ -367,12 +367,7 @@ ASKED = {
     "decode context parallel": (PARALLEL, {"decode_context_parallel_size": 2}, "ynny", "decode_context_parallel_size=2: it leaves"),
     "speculation": (DRAFTS, {"rejection_sample_method": "block"}, "yyny", "block: logits of rejected drafts would come back"),
     "speculation with relaxed acceptance": (DRAFTS, {"rejection_sample_method": "fly"}, "nnnn", "rejection_sample_method=fly: dra"),
-    "KV offloading by block hash": (
-        TRANSFER,
-        {"kv_connector": "OffloadingConnector"},
-        "ynny",
-        "kv_connector=OffloadingConnector: ",
-    ),
+    "KV offloading by block hash": (TRANSFER, {"kv_connector": "OffloadingConnector"}, "yyyy", None),
     "other KV connectors": (TRANSFER, {"kv_connector": "ExampleConnector"}, "nnnn", "ExampleConnector: .*leave out --kv-transfer"),
     "monokernel": ("kernel_config", {"monokernel": True}, "nnnn", "monokernel=True: its decode kernels pick experts inside them"),
     "decode kernels of Kimi-K3 and DeepSeek-V4.1": (

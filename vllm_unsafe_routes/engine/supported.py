@@ -115,7 +115,7 @@ FEATURES = (
         "each tensor-parallel rank routes a part of the tokens, which nobody has tried; use two of TP, DP and EP",
         _NOT_APART,
     ),
-    Feature("data parallel", _is_set("parallel_config", "data_parallel_size", 1), None, _NOT_APART, monitor="nobody has tried it"),
+    Feature("data parallel", _is_set("parallel_config", "data_parallel_size", 1), None, None),
     Feature(
         "pipeline parallel",
         _is_set("parallel_config", "pipeline_parallel_size", 1),
