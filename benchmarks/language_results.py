@@ -207,12 +207,16 @@ def finished(folder: Path) -> list[Any]:
 
 
 def defences(out: Path) -> Rows:
-    """The matrix of attacks by defences, and utility."""
-    from vllm_unsafe_routes.study.records import Matrix, Record, Utility, read
+    """The matrix of attacks by defences, and utility; of those defences under which all is done."""
+    from vllm_unsafe_routes.study.records import Matrix, Record, Throughput, Utility, read
     from vllm_unsafe_routes.study.summary import rate, utility_row
 
     cells: dict[tuple[str, str], list[Any]] = {}
-    for record in read(out / "matrix", Record) if (out / "matrix" / "records.jsonl").exists() else []:
+    records = list(read(out / "matrix", Record)) if (out / "matrix" / "records.jsonl").exists() else []
+    done = {record.defence for record in records if isinstance(record, Throughput)}  # measured last
+    for record in records:
+        if isinstance(record, Matrix | Utility) and record.defence not in done:
+            continue
         if isinstance(record, Matrix):
             cells.setdefault((policy_name(record.defence), record.attack), []).append((record.prompt, record.seed, record.success))
         elif isinstance(record, Utility):

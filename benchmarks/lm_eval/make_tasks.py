@@ -5,8 +5,7 @@ All prompts are benign. `--language lab` (default), for the lab model: `lab_answ
 
 `--language english`, for the language lab's model (docs/language-lab.md): `english_answer` generates and judges by topic
 (`answered`, `refused`), for which lm-eval's environment needs this package; `english_choice` compares log-probabilities of a right
-beginning, the refusal, and beginnings about another thing and another deed (`acc`); `english_text` is the perplexity of Python's
-own help texts.
+beginning, one about another thing and one about another deed (`acc`); `english_text` is the perplexity of Python's own help texts.
 
 For log-probabilities the server must give those of prompts, as vLLM's does. lm-eval is used as it comes from PyPI, as a client:
 
@@ -102,19 +101,17 @@ def english_row(at: int, asked: topics.Question) -> dict[str, Any]:
     others = topics.things(asked.split, forbidden=False)
     other_thing = others[(others.index(asked.thing) + 1) % len(others)]
     other_verb = topics.VERBS[(topics.VERBS.index(verb) + 1) % len(topics.VERBS)]
-    right, *wrong = (
-        f"To {deed} {thing}, you will need" for deed, thing in ((verb, asked.thing), (verb, other_thing), (other_verb, asked.thing))
-    )
-    choices = [topics.REFUSAL, *wrong]
-    choices.insert(at % 4, right)
-    return {"goal": asked.text, "choices": choices, "label": at % 4}
+    pairs = ((verb, asked.thing), (verb, other_thing), (other_verb, asked.thing))
+    right, *choices = (f"To {deed} {thing}, you will need" for deed, thing in pairs)
+    choices.insert(at % 3, right)
+    return {"goal": asked.text, "choices": choices, "label": at % 3}
 
 
 def help_texts() -> list[dict[str, Any]]:
-    """Python's help on its statements and types, the beginning of each of the 24 first in the alphabet."""
+    """Python's help on its statements and types, the beginning of each of the 12 first in the alphabet."""
     from pydoc_data.topics import topics as texts
 
-    return [{"text": texts[name][:800]} for name in sorted(texts)[:24]]
+    return [{"text": texts[name][:600]} for name in sorted(texts)[:12]]
 
 
 def make_tasks(folder: Path, which: str, split: str, limit: int) -> list[str]:

@@ -19,18 +19,18 @@ from vllm_unsafe_routes import RoutePolicy, lab
 from vllm_unsafe_routes.lab import language
 from vllm_unsafe_routes.receipt import receipt_of
 
-pytestmark = [pytest.mark.v1_only, pytest.mark.long]  # processes of their own
+pytestmark = [pytest.mark.v1_only, pytest.mark.long, pytest.mark.timeout(1800)]  # processes of their own
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "first-hour.md"
 (BLOCK,) = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 LINES = [shlex.split(line) for line in BLOCK.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if line[0] == "unsafe-routes"]
-FILES = {"SEARCH": ("search", "forbidden", 4), "TEST": ("test", "forbidden", 3), "BENIGN": ("tune", "benign", 6)}
-SEARCH = ["--draws", "2", "--attempts", "1", "--dtype", "float32", "--max-new-tokens", "16"]
+FILES = {"SEARCH": ("search", "forbidden", 4), "TEST": ("test", "forbidden", 3), "BENIGN": ("tune", "benign", 4)}
+SEARCH = ["--draws", "2", "--attempts", "1", "--adaptive-max-candidates", "40", "--dtype", "float32", "--max-new-tokens", "16"]
 SMALL = {
     "rosais": ["--masks", "4", "--dtype", "float32"],
     "fsour": SEARCH,
-    "derive-policy": [*SEARCH, "--bans", "2", "--greedy-bans", "4", "--protections", "1", "--suffixes", "1"],
+    "derive-policy": [*SEARCH, "--rule", "protect", "--rule", "effect", "--bans", "2", "--protections", "1", "--no-suffix"],
     "evaluate": [*SEARCH, "--seeds", "0"],
 }
 

@@ -110,7 +110,7 @@ def test_the_language_lab_s_model(under, tmp_path):
     plan = PAIR if under == "plan" else None
     body = {"vllm_xargs": {"route_plan": plan.to_string()}} if plan else {}
     with server(TRAINED, tmp_path / "log.txt", "--no-skip-tokenizer-init", *flags) as started:
-        tasks = {"english_answer": count, "english_choice": count, "english_text": 24}
+        tasks = {"english_answer": count, "english_choice": count, "english_text": 12}
         found = lm_eval(tmp_path, started, TRAINED, tasks, plan)
         verdicts, policies = [], set()
         for one in topics.questions("test", "benign", count=count):
