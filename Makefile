@@ -121,6 +121,7 @@ bench: setup
 	$(BIN)/python benchmarks/serving_cost.py
 	$(BIN)/python benchmarks/search_speed.py --memory
 	$(BIN)/python benchmarks/search_speed.py --threads 1,2
+	$(BIN)/python benchmarks/ray_speed.py
 	$(BIN)/python benchmarks/tables.py runs/bench
 
 lab-results: setup

@@ -889,10 +889,13 @@ def cpu_note(rows: Rows, timed: Rows, bounds: dict[Setting, float]) -> str:
             f" The bound is what torch's product of {MATRIX} x {MATRIX} matrices reaches, over the {operations() / 1e9:.2f} GFLOP "
             f"that differ between the candidates of a cell (`differing_operations` in benchmarks/shapes.py): {', '.join(each)}."
         )
-    flat = [
-        f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} MiB" for row in rows if row["kind"] == "memory"
-    ]
-    return note + (f" Peak memory of a stream on the lab model: {', '.join(flat)}." if flat else "")
+    flat = []
+    for row in rows:
+        if row["kind"] == "memory":
+            in_use = f" ({float(row['in_use_mib']):.0f})" if row.get("in_use_mib") else ""
+            flat.append(f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f}{in_use} MiB")
+    what = "Peak memory of a stream on the lab model (in brackets: what is left when the allocator gives back what is free)"
+    return note + (f" {what}: {', '.join(flat)}." if flat else "")
 
 
 def whole_runs(rows: Rows) -> str:

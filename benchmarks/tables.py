@@ -23,6 +23,7 @@ import kernel_speed
 import lab_results
 import language_results
 import policy_serving
+import ray_speed
 import recipe_results
 import routes_exact
 import search_speed
@@ -37,6 +38,7 @@ QUESTIONS = {
     "search_speed": ("model", "kind"),
     "floors": ("model", "kind", "workload"),
     "policy_serving": (),
+    "ray_speed": (),
 }
 
 
@@ -64,6 +66,7 @@ TABLES = {
     "gpu-serving": Table("serving_cost", True, serving_cost.gpu_table),
     "policy-serving": Table("policy_serving", False, policy_serving.table),
     "search-speed": Table("search_speed", False, search_speed.cpu_table),
+    "ray-speed": Table("ray_speed", False, ray_speed.table),
     "gpu-search": Table("search_speed", True, search_speed.gpu_table),
     "gpu-profile": Table("floors", True, floors.table),
     **{mark: Table("lab_results", False, make) for mark, make in lab_results.TABLES.items()},

@@ -258,13 +258,14 @@ def ray_engines(address: str, open_bench: OpenBench, *, size: int, most: int) ->
     except Exception as error:
         raise RouteError(f"--ray {address}: no Ray cluster: {type(error).__name__}: {error}") from error
     try:
-        yield RayEngines(_actors(open_bench, size, most))
+        yield RayEngines(engine_actors(open_bench, size, most))
     finally:
         if not was_open:
             ray.shutdown()
 
 
-def _actors(open_bench: OpenBench, size: int, most: int) -> list[Any]:
+def engine_actors(open_bench: OpenBench, size: int, most: int) -> list[Any]:
+    """Ray's handles of up to `most` actors, on the cluster that this process is connected to; as `ray_engines`."""
     import ray
 
     nodes_of: Any = ray.nodes
