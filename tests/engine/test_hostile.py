@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import http.client
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from servers import server
 from swaps import ADMIN, TOKEN, USAGE_PATH, eventually, put
@@ -164,21 +165,6 @@ SCALARS = st.one_of(
 
 
 @st.composite
-def broken_wire(draw):
-    """The compact form with bytes changed, cut or added, outside or inside of its compression."""
-    text = GOOD.to_string()
-    inside = draw(st.booleans())
-    raw = bytearray(zlib.decompress(base64.b64decode(text[4:])) if inside else text.encode())
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, len(raw) - 1))
-        raw[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=6))
-        raw = raw or bytearray(b"r")
-    if inside:
-        return "rp1:" + base64.b64encode(zlib.compress(bytes(raw))).decode()
-    return bytes(raw).decode("latin-1")
-
-
-@st.composite
 def broken_json(draw):
     """The readable form with one part replaced by anything, or left out."""
     document = json.loads(GOOD.to_json())
@@ -206,7 +192,7 @@ def positions_and_experts(draw):
     return json.dumps({"version": "route-plan/1", "weights": draw(st.sampled_from(["masked", "native"])), "directives": [entry]})
 
 
-PLANS = st.one_of(st.just(GOOD.to_string()), broken_wire(), broken_json(), positions_and_experts(), SCALARS)
+PLANS = st.one_of(st.just(GOOD.to_string()), broken_json(), positions_and_experts(), SCALARS)
 XARGS = st.one_of(
     st.fixed_dictionaries({"route_plan": PLANS}, optional={"return_routes": SCALARS}),
     st.dictionaries(st.sampled_from(KEYS), st.one_of(SCALARS, st.lists(SCALARS, max_size=8)), max_size=3),
@@ -214,40 +200,103 @@ XARGS = st.one_of(
 
 
 REQUESTS = st.tuples(XARGS, st.sampled_from(["completions", "completions", "chat/completions"]), st.booleans())
+NUM_SEEDS = 600
+MOST_EDITS = 4
 
 
-def fuzz(client, url, xargs, endpoint, stream):
+def make_seeds():
+    """Requests of all forms. Hypothesis needs longer for one than a server does, so most of what is sent are changes of these."""
+    seeds = []
+
+    @given(requests=st.lists(REQUESTS, min_size=60, max_size=60))
+    @settings(
+        max_examples=NUM_SEEDS // 60, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    def collect(requests):
+        seeds.extend(requests)
+
+    collect()
+    return seeds
+
+
+def edited(rng, raw, other):
+    """Some parts of `raw` changed, cut, repeated, or replaced by parts of `other`."""
+    raw = bytearray(raw)
+    for _ in range(rng.randrange(1, MOST_EDITS + 1)):
+        at = rng.randrange(len(raw) + 1)
+        start = rng.randrange(len(other) + 1)
+        part = other[start : start + rng.randrange(1, 12)]
+        new = rng.choice([b"", rng.randbytes(rng.randrange(1, 6)), part, raw[at : at + 3] * 3])
+        raw[at : at + rng.choice([0, 1, 1, 3, 20])] = new
+    return bytes(raw)
+
+
+def mutant(rng, seeds):
+    """A seed with its parts exchanged for another's, and its plan changed outside or inside of its compression."""
+    (xargs, endpoint, stream), (others, *_) = rng.choice(seeds), rng.choice(seeds)
+    xargs = {**xargs, **{key: value for key, value in others.items() if rng.random() < 0.3}}
+    plan = xargs.get("route_plan")
+    if isinstance(plan, str) and plan and rng.random() < 0.7:
+        other = str(others.get("route_plan", "")).encode()
+        if plan == GOOD.to_string() and rng.random() < 0.7:
+            inside = edited(rng, zlib.decompress(base64.b64decode(plan[4:])), other)
+            xargs["route_plan"] = "rp1:" + base64.b64encode(zlib.compress(inside)).decode()
+        else:
+            xargs["route_plan"] = edited(rng, plan.encode("utf-8", "surrogatepass"), other).decode("latin-1")
+    return xargs, endpoint, stream
+
+
+def fuzz(connection, xargs, endpoint, stream):
     """The status of the answer, which must be one."""
     body = {"model": "tiny", "max_tokens": 2, "stream": stream, "vllm_xargs": xargs}
     body |= {"prompt": [5, 6, 7]} if endpoint == "completions" else {"messages": MESSAGES}
-    # httpx refuses NaN and infinities; a hostile client does not.
-    answer = client.post(f"{url}/v1/{endpoint}", content=json.dumps(body).encode(), headers=JSON)
-    assert answer.status_code in (200, 400, 422), (xargs, answer.status_code, answer.text)
-    assert b'"code":500' not in answer.content and b"InternalServerError" not in answer.content, (xargs, answer.text)
-    return answer.status_code
+    # NaN and infinities are no JSON; a hostile client does not care.
+    content = json.dumps(body).encode()
+    try:
+        connection.request("POST", f"/v1/{endpoint}", content, JSON)
+        answer = connection.getresponse()
+    except (http.client.RemoteDisconnected, BrokenPipeError):  # it was idle for too long
+        connection.close()
+        connection.request("POST", f"/v1/{endpoint}", content, JSON)
+        answer = connection.getresponse()
+    text = answer.read()
+    assert answer.status in (200, 400, 422), (xargs, answer.status, text)
+    assert b'"code":500' not in text and b"InternalServerError" not in text, (xargs, text)
+    return answer.status
 
 
 def test_whatever_is_sent_as_a_plan(tmp_path):
     """No answer but 200 and 400, the server lives, its memory is flat, and rows and slots come back."""
-    statuses, sizes = Counter(), []
-    pool = concurrent.futures.ThreadPoolExecutor(NUM_WORKERS)
-    with start(tmp_path, "--enable-route-overrides") as started, httpx.Client(timeout=60) as client, pool:
+    statuses, sizes, seeds, over = Counter(), [], make_seeds(), threading.Event()
+    with start(tmp_path, "--enable-route-overrides") as started, concurrent.futures.ThreadPoolExecutor(NUM_WORKERS) as pool:
+        address = started.url.removeprefix("http://")
 
-        @given(requests=st.lists(REQUESTS, min_size=NUM_WORKERS, max_size=NUM_WORKERS))
-        @settings(max_examples=-(-NUM_FUZZED // NUM_WORKERS), deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        def send(requests):
-            statuses.update(pool.map(lambda request: fuzz(client, started.url, *request), requests))
-            if len(sizes) < 5 * statuses.total() // NUM_FUZZED:
-                sizes.append(memory(started))
-                print(f"{statuses.total()} requests: {dict(statuses)}, {sizes[-1] / 2**20:.0f} MiB", flush=True)
+        def work(seed):
+            rng, connection = random.Random(seed), http.client.HTTPConnection(address, timeout=180)
+            while statuses.total() < NUM_FUZZED and not over.is_set():
+                statuses[fuzz(connection, *mutant(rng, seeds))] += 1
 
         began = time.monotonic()
-        send()
+        workers = [pool.submit(work, seed) for seed in range(NUM_WORKERS)]
+        try:
+            while any(not worker.done() for worker in workers):
+                concurrent.futures.wait(workers, 30, concurrent.futures.FIRST_EXCEPTION)
+                for worker in workers:
+                    if worker.done():
+                        worker.result()
+                if len(sizes) < 50 * statuses.total() // NUM_FUZZED:
+                    sizes.append(memory(started))
+                seconds = time.monotonic() - began
+                print(
+                    f"{statuses.total()} requests in {seconds:.0f} s: {dict(statuses)}, {memory(started) / 2**20:.0f} MiB",
+                    flush=True,
+                )
+        finally:
+            over.set()
         check_that_all_is_given_back(started, len(BANNED["a"]))
         sizes.append(memory(started))
         body = {"model": "tiny", "prompt": [5, 6, 7], "vllm_xargs": GOOD.extra_args()}
-        found = client.post(f"{started.url}/v1/completions", json=body)
+        found = httpx.post(f"{started.url}/v1/completions", json=body, timeout=180)
         assert receipt_of(found.json()).plan == GOOD.digest
-    print(f"{statuses.total()} requests in {time.monotonic() - began:.0f} s; {sizes[-1] / 2**20:.0f} MiB at the end")
     assert min(statuses[200], statuses[400]) > 0
     assert sizes[-1] < 1.1 * sizes[0] + (64 << 20)
