@@ -255,7 +255,7 @@ def fuzz(connection, xargs, endpoint, stream):
     try:
         connection.request("POST", f"/v1/{endpoint}", content, JSON)
         answer = connection.getresponse()
-    except (http.client.RemoteDisconnected, BrokenPipeError):  # it was idle for too long
+    except ConnectionError:  # it was idle for too long; a server that is gone refuses the next one
         connection.close()
         connection.request("POST", f"/v1/{endpoint}", content, JSON)
         answer = connection.getresponse()
