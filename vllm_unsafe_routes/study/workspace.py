@@ -23,7 +23,7 @@ from .settings import EngineSettings, Setup
 
 # Settings that came after there were runs, with what runs that do not name them were made with.
 LATER_SETTINGS = {
-    "controls": False,
+    "controls": 0,
     "weights": "masked",
     "masks.weights": "masked",
     "bias": [],
