@@ -275,9 +275,9 @@ def tabulate(seeds: list[int], runs: Path, parts: tuple[str, ...], prompts: dict
 
 def rule_of(folder: Path) -> str:
     """The rule that a derivation chose."""
-    document = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    rule: str = document["provenance"]["rule"]
-    return rule
+    from vllm_unsafe_routes import RoutePolicy
+
+    return str(RoutePolicy.load(folder / "policy.json").provenance["rule"])
 
 
 def columns(entry: dict[str, Any]) -> dict[str, Any]:

@@ -208,6 +208,7 @@ def finished(folder: Path) -> list[Any]:
 
 def defences(out: Path) -> Rows:
     """The matrix of attacks by defences, and utility; of those defences under which all is done."""
+    from vllm_unsafe_routes import RoutePolicy
     from vllm_unsafe_routes.study.records import Matrix, Record, Throughput, Utility, read
     from vllm_unsafe_routes.study.summary import rate, utility_row
 
@@ -225,7 +226,7 @@ def defences(out: Path) -> Rows:
     lines: Rows = [{"table": "defences", "row": row, "column": column} | rate(found) for (row, column), found in cells.items()]
     policy = out / "policy" / "policy.json"
     if cells and policy.exists():
-        lines.append({"table": "policy", "row": json.loads(policy.read_text(encoding="utf-8"))["provenance"]["rule"]})
+        lines.append({"table": "policy", "row": str(RoutePolicy.load(policy).provenance["rule"])})
     return lines
 
 

@@ -27,27 +27,24 @@ def file_error(path: Path, doing: str, error: OSError, kind: type[RouteError] = 
     return kind(f"{path}: {doing}: {detail}")
 
 
-def read_file(path: str | os.PathLike[str], what: str, read: Callable[[str], T]) -> T:
+def read_file(path: str | os.PathLike[str], what: str, read: Callable[[str], T], kind: type[RouteError] = RouteError) -> T:
     """What `read` makes of a file's text.
 
     Raises:
-        RouteError: there is no such file, it is not UTF-8, or what `read` raised; says `what` it is and names the path.
+        RouteError: of class `kind`; there is no such file, it is not UTF-8, or `read` refuses it. Says `what` it is and its path.
 
     """
     try:
         return read(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RouteError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except RouteError as error:
-        raise RouteError(f"{what} {path}: {error}") from None
+        raise kind(f"{what} {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise kind(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_object(path: Path, what: str, kind: type[RouteError] = RouteError) -> dict[str, Any]:
     """The JSON object in a file. Raises an error of class `kind`, which says `what` the file is, where there is none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise kind(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    document = read_file(path, what, json.loads, kind)
     if not isinstance(document, dict):
         raise kind(f"{what} {path} is not a JSON object")
     return document

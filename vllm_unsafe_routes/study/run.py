@@ -131,11 +131,11 @@ def run_fsour(study: FsourStudy, backend: Backend | None = None) -> dict[str, An
     num_first = study.library_prompts if search.strategy == "adaptive" else 0
     first, rest = workspace.items[:num_first], workspace.items[num_first:]
     label, attack = f"F-SOUR ({search.strategy})", f"fsour-{search.strategy}"
-    own = _without(asdict(search), "seed") | {"library_prompts": num_first}
-    if not study.search_answered:
-        own["plain_answer_first"] = True
-    if study.controls:
-        own["controls"] = study.controls
+    own = _without(asdict(search), "seed") | {
+        "library_prompts": num_first,
+        "plain_answer_first": not study.search_answered,
+        "controls": study.controls,
+    }
 
     with workspace.campaign("fsour", own) as campaign:
         with workspace.bench() as bench:

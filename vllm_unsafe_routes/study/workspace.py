@@ -29,6 +29,7 @@ LATER_SETTINGS = {
     "bias": [],
     "greedy_again": 0,
     "answered_first": False,
+    "plain_answer_first": False,
 }
 
 
