@@ -44,6 +44,8 @@ from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Ta
 from shapes import NAMES, config_of, differing_operations, make_model, sizes_of
 
 TARGET, DRAWS, BATCH, MEMORY_BATCH = 16, 10, 64, 250
+# In flight, for a profile; enough cells each that the start of a prompt does not count for more than in a whole search.
+PROFILED, CELLS_OF_A_PROMPT = (16, 64), 12
 # Rows and columns of the matrices whose product is timed, and how long.
 MATRIX, MATRIX_SECONDS = 2048, 0.5
 S1, S2, ANSWER = 20, 100, 64
@@ -268,8 +270,10 @@ def serve_engine(options: dict[str, Any]) -> Talk:
             moves = [[(layer, position, position + 1, experts)] for layer, position, experts in command["forced"]]
             (found,) = scorer.backend.score_cells([Cells.of(command["prompt"], command["target"], None, moves)])  # type: ignore[misc]
             command = yield found.values.tolist()
-        elif do == "profile":
+        elif do == "profiled":
             command = yield profiled(search, command)
+        elif do == "python_of":
+            command = yield python_of(search, command)
         else:
             command = yield getattr(search, do)(**command)
 
@@ -359,11 +363,10 @@ class Search:
 
 
 def profiled(search: Search, command: dict[str, Any]) -> Row:
-    """A run under cProfile, with the functions that took longest by themselves, and one without it."""
+    """A run under cProfile, with the functions that took longest by themselves."""
     import cProfile
     import pstats
 
-    parts = python_of(search, command)
     profile = cProfile.Profile(time.process_time)
     profile.enable()
     found = search.attempts(**command)
@@ -372,7 +375,6 @@ def profiled(search: Search, command: dict[str, Any]) -> Row:
     own = sorted(((values[2], values[3], name) for name, values in rows.items()), reverse=True)
     return {
         **found,
-        "parts": parts,
         "rows": [(f"{Path(path).name}:{line} {name}", took, cum) for took, cum, (path, line, name) in own[:60]],
     }
 
@@ -418,7 +420,7 @@ def python_of(search: Search, command: dict[str, Any]) -> dict[str, float]:
     try:
         for (owner, name), (own, what) in held.items():
             setattr(owner, name, timed(own, what))
-        found = search.attempts(**{**command, "seed": command["seed"] + 500})
+        found = search.attempts(**command)
     finally:
         for (owner, name), (own, _) in held.items():
             setattr(owner, name, own)
@@ -813,16 +815,20 @@ def memory(run: Run, results: Results, long: bool) -> None:
 
 
 def profile(run: Run, log: Path) -> None:
-    """Print where the engine's time goes, 16 prompts in flight."""
+    """Print where the engine's time goes: shares with few and with many prompts in flight, then functions with 16."""
     setting = Setting(1, "bfloat16")
     engine, amounts = start("engine", "olmoe", make_folder("olmoe", run, setting), run, setting, log), AMOUNTS["cpu"]
     engine.read(run.left)
     sizes = {"length": amounts.prompt, "min_gain": amounts.min_gain}
     engine.ask(run.left, do="attempts", in_flight=2, cells=4, seed=7, **sizes)
-    found = engine.ask(run.left, do="profile", in_flight=16, cells=amounts.cells["cells"][16], seed=5, **sizes)
+    for in_flight in PROFILED:
+        cells = CELLS_OF_A_PROMPT * in_flight
+        parts = engine.ask(run.left, do="python_of", in_flight=in_flight, cells=cells, seed=505, **sizes)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+        print(f"{in_flight} in flight, CPU milliseconds a candidate: {shown}", flush=True)
+    found = engine.ask(run.left, do="profiled", in_flight=16, cells=amounts.cells["cells"][16], seed=5, **sizes)
     engine.close()
     print(f"{found['candidates']} candidates in {found['seconds']:.1f} s; {found['computed']} of {found['tokens']} tokens computed")
-    print("CPU milliseconds a candidate: " + ", ".join(f"{name} {value:.3f}" for name, value in found["parts"].items()))
     for name, own, cumulative in found["rows"]:
         print(f"{100 * own / found['cpu_seconds']:6.2f}% own {100 * cumulative / found['cpu_seconds']:6.2f}% with callees  {name}")
 

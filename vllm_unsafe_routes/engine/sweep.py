@@ -231,10 +231,10 @@ class Sweep:
         slots = reserve.take(block, 1) * size + positions % size
         scored = positions >= self._scored_from[sequence]
         queries = Queries(lens, own.first[order] + lens, reserve.take(table, 1), positions, slots, scored)
-        where = upload(rows, torch.int64, device)
-        token_ids = upload(self._ids[rows], torch.int32, device)
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
-        routes = torch.nn.functional.pad(self._routes.index_select(1, where), (0, -len(rows) % 16))
+        padded = upload(np.pad(rows, (0, -len(rows) % 16)), torch.int64, device)
+        routes, where = self._routes.gather(1, padded.expand(len(self._routes), -1)), padded[: len(rows)]
+        token_ids = upload(self._ids[rows], torch.int32, device)
         num_joining, slots_of = int(spans[joins].sum()), self._slots
         moved = None
         if own.moves_base.any():
