@@ -67,6 +67,8 @@ DERIVE_BIASES_SMALL = shlex.split(
 )
 BIASES_ATTEMPTS = 2
 FEW_ATTACKS = ("fsour-adaptive", "suffix", "suffix-transfer")
+# Of models and campaigns.
+RUNS = Path("runs/lab-results")
 # Noise on router logits, as one more defence.
 JITTER = (2.0,)
 TRAINED = "route noise in safety tuning (another model)"
@@ -377,7 +379,7 @@ def main() -> None:
         "--prompts", type=int, help="prompts of each split (default: 48 for attacks, 24 for defences, 16 for biases)"
     )
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/lab-results"), help="folder of models and campaigns")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of models and campaigns")
     parser.add_argument(
         "--part", choices=list(PARTS), action="append", help="only this part; the other parts' figures stay as they are"
     )

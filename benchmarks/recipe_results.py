@@ -1,11 +1,13 @@
 """Attacks and recipes at equal candidate budgets (docs/evaluation.md), and two questions about routes (docs/what-is-a-route.md).
 
-On the lab model that ships, on prompts of `test` that no setting was chosen by: the plain answer; best masks of the top RoSais
-layers, of random layers, and single random masks; F-SOUR in the published code's strategy and the adaptive one, one attempt each;
-SteerMoE, SAFEx, L3 and MASCing, whose comparison is of the split `search`; and a suffix of words, which is no route. No search
-of routes scores more than `--budget` candidates a prompt. Runs are campaigns in `--runs`: an interrupted call goes on.
+On three lab models (training seeds, which are the attacks' seeds too), on prompts of `test` that no setting was chosen by: the
+plain answer; best masks of the top RoSais layers, of random layers, and single random masks; F-SOUR in the published code's
+strategy and the adaptive one, one attempt each; SteerMoE, SAFEx, L3 and MASCing, whose comparison is of the split `search`; and a
+suffix of words, which is no route. No search of routes scores more than `--budget` candidates a prompt. The two questions are
+asked of the first model. Runs are campaigns in `--runs`: an interrupted call goes on.
 
-    python benchmarks/recipe_results.py              # about ten minutes of two idle cores
+    python benchmarks/recipe_results.py              # about 20 minutes of a core for each model
+    python benchmarks/recipe_results.py --seeds 1    # one model's campaigns, beside another call; then once without
     python benchmarks/tables.py                      # the tables of README.md and docs/
 """
 
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown, read_csv, write_csv
-from lab_results import LABELS, unsafe_routes
+from lab_results import LABELS, RUNS, model_of, unsafe_routes
 
 RESULTS = ROOT / "benchmarks/results/recipes_cpu.csv"
 LEVEL = 3
@@ -54,9 +56,9 @@ Cells = dict[tuple[str, str], list[tuple[Any, Any, Any]]]
 LARGEST_ROUND = 33
 
 
-def run(out: Path, num: int, budget: int, seeds: str) -> None:
-    """Every campaign."""
-    shared = ["--model", "lab", "--dtype", "float32", "--seeds", seeds]
+def run(out: Path, model: str, seed: int, num: int, budget: int) -> None:
+    """Every campaign of one model."""
+    shared = ["--model", model, "--dtype", "float32", "--seeds", seed]
     judged = [*shared, "--data", "lab:test", "--limit", num, "--judge", "lab", "--max-new-tokens", 32]
     masks = ["--rosais", out / "rosais", "--masks", budget // LEVEL, "--layers", LEVEL, *CONTROLS]
     unsafe_routes("rosais", *shared, "--data", "lab:search", "--limit", num, "--masks", 20, "--same-masks", "--out", out / "rosais")
@@ -69,10 +71,14 @@ def run(out: Path, num: int, budget: int, seeds: str) -> None:
     unsafe_routes("fsour", *judged, *one, *adaptive, "--out", out / "fsour-adaptive")
     contrast = ["--refused", "lab:search", "--answered", "lab:search:benign"]
     unsafe_routes("recipe", *judged, *contrast, "--candidates", budget, "--out", out / "recipes")
-    scores = ["--seeds", "0,1,2", "--masks", 20, "--same-masks"]
-    unsafe_routes("rosais", *shared[:4], *scores, "--data", "lab:search", "--limit", num, "--out", out / "rosais-seeds")
     alone = ["--attack", "suffix", "--defence", "none", "--utility-limit", 2]
     unsafe_routes("evaluate", *judged, *alone, "--out", out / "suffix")
+
+
+def run_stability(out: Path, model: str, num: int) -> None:
+    """RoSais with three seeds of its masks."""
+    scores = ["--model", model, "--dtype", "float32", "--seeds", "0,1,2", "--masks", 20, "--same-masks"]
+    unsafe_routes("rosais", *scores, "--data", "lab:search", "--limit", num, "--out", out / "rosais-seeds")
 
 
 def draws(num: int, budget: int) -> int:
@@ -85,40 +91,38 @@ def draws(num: int, budget: int) -> int:
     return max(1, (budget - 1) // (longest * (len(model.shape.moe_layers) - 1) + 1))
 
 
-def figures(out: Path) -> Iterator[tuple[str, str, Any, Any, float | bool | None]]:
-    """(attack, column, prompt, seed, value) of every record."""
+def figures(out: Path) -> Iterator[tuple[str, str, Any, float | bool | None]]:
+    """(attack, column, prompt, value) of every record of one model."""
     from vllm_unsafe_routes.study.records import Answer, Controls, Fsour, Mask, Matrix, Recipe, Record, read
 
     for folder in ("masks", "masks-native", "fsour-code", "fsour-adaptive", "recipes", "suffix"):
         for record in read(out / folder, Record):
             if isinstance(record, Answer):
                 if folder == "masks":
-                    yield "none", ASR, record.prompt, 0, record.success
+                    yield "none", ASR, record.prompt, record.success
                 continue
             if not isinstance(record, Controls | Fsour | Mask | Matrix | Recipe):
                 continue
             attack = "rosais-native" if folder == "masks-native" else record.attack
             if isinstance(record, Controls):
-                yield attack, GAIN, record.prompt, record.seed, record.found - record.clean
+                yield attack, GAIN, record.prompt, record.found - record.clean
                 if folder == "fsour-code":
-                    yield "none", CLEAN, record.prompt, record.seed, record.clean
-                yield attack, NATIVE, record.prompt, record.seed, record.native - record.clean
+                    yield "none", CLEAN, record.prompt, record.clean
+                yield attack, NATIVE, record.prompt, record.native - record.clean
                 continue
             success = record.answers[LEVEL].success if isinstance(record, Mask) else record.success
-            yield attack, ASR, record.prompt, record.seed, success
-            yield attack, CANDIDATES, record.prompt, record.seed, record.candidates
+            yield attack, ASR, record.prompt, success
+            yield attack, CANDIDATES, record.prompt, record.candidates
             if isinstance(record, Recipe):
-                yield attack, GAIN, record.prompt, record.seed, record.found - record.clean
+                yield attack, GAIN, record.prompt, record.found - record.clean
 
 
-def tabulate(out: Path, budget: int) -> Rows:
-    """One line a figure."""
+def tabulate(folders: Sequence[Path], budget: int) -> Rows:
+    """One line a figure; `folders` are of the models, in order."""
     from vllm_unsafe_routes.evaluation.statistics import Outcomes, mean_interval
     from vllm_unsafe_routes.study.summary import interval_json, rate
 
-    cells: Cells = {}
-    for attack, column, prompt, seed, value in figures(out):
-        cells.setdefault((attack, column), []).append((prompt, seed, value))
+    cells, of_first = cells_of(folders), cells_of(folders[:1])
     lines: Rows = []
     for (attack, column), found in cells.items():
         if column == CLEAN:
@@ -126,7 +130,17 @@ def tabulate(out: Path, budget: int) -> Rows:
         entry = rate(found) if column == ASR else interval_json(mean_interval(Outcomes.from_rows(found)), 0)
         lines.append({"table": "attacks", "row": attack, "column": column, "budget": budget} | entry)
     order = list(NAMES)
-    return [*sorted(lines, key=lambda line: order.index(line["row"])), *predictions(cells), *layers_by_category(out)]
+    rows = sorted(lines, key=lambda line: order.index(line["row"]))
+    return [*rows, *predictions(of_first), *layers_by_category(folders[0])]
+
+
+def cells_of(folders: Sequence[Path]) -> Cells:
+    """The figures by attack and column; a model is told by its number, which stands for the seed."""
+    cells: Cells = {}
+    for number, folder in enumerate(folders):
+        for attack, column, prompt, value in figures(folder):
+            cells.setdefault((attack, column), []).append((prompt, number, value))
+    return cells
 
 
 def predictions(cells: Cells) -> Rows:
@@ -201,8 +215,8 @@ def table(lines: Rows) -> str:
 
     first = lines[-1]
     head = (
-        f"The shipped lab model, {first['prompts']} prompts of `test`, {first['seeds']} seed(s), at most {first['budget']} "
-        f"candidates a prompt, {first['date']}; 95% intervals over prompts and seeds."
+        f"{first['seeds']} lab models (training seeds), {first['prompts']} prompts of `test` each, at most {first['budget']} "
+        f"candidates a prompt, {first['date']}; 95% intervals over prompts and models."
     )
     rows = [[NAMES[row], *(cell(row, column) for column in COLUMNS)] for row in distinct(lines, "row")]
     return f"{head}\n\n{markdown(['attack', *COLUMNS], rows)}"
@@ -254,15 +268,20 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/recipes", help="folder of the campaigns")
     parser.add_argument("--prompts", type=int, default=24, help="prompts of a split (default: 24)")
     parser.add_argument("--budget", type=int, default=384, help="candidates a prompt (default: 384)")
-    parser.add_argument("--seeds", default="0", help="seeds of the attacks, separated by commas (default: 0)")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the models, separated by commas (default: 0,1,2)")
     parser.add_argument("--tables-only", action="store_true", help="run nothing: CSV of what is there")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    folders = {int(seed): args.runs / f"seed-{seed}" for seed in args.seeds.split(",")}
     if not args.tables_only:
-        run(args.runs, args.prompts, args.budget, args.seeds)
+        for seed, folder in folders.items():
+            model = model_of(seed, RUNS)
+            run(folder, model, seed, args.prompts, args.budget)
+            if folder == next(iter(folders.values())):
+                run_stability(folder, model, args.prompts)
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
-    lines = [about | row for row in tabulate(args.runs, args.budget)]
+    lines = [about | row for row in tabulate([*folders.values()], args.budget)]
     write_csv(RESULTS, lines)
     print(table(read_csv(RESULTS)))
 
