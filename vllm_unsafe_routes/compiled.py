@@ -94,17 +94,16 @@ class RowLayout:
             rest = b"".join(bits.to_bytes(4 * self.num_words, "little") for bits in (soft.promoted, soft.demoted)) + bias.tobytes()
         return flags.to_bytes(4, "little") + allowed.to_bytes(4 * self.num_words, "little") + bytes(8 * self.top_k) + rest
 
-    def forced_row(self, experts: tuple[int, ...], weights: tuple[float, ...] | None, native: bool) -> bytes:
-        """A row that gives a token exactly `experts`."""
+    def forced_row(self, experts: tuple[int, ...], weights: tuple[float, ...] | None, native: bool, bits: int) -> bytes:
+        """A row that gives a token exactly `experts`, which are `bits`."""
         flags = FLAG_FORCED | (FLAG_NATIVE_WEIGHTS if native and weights is None else 0)
         if weights is not None:
             flags |= FLAG_EXPLICIT_WEIGHTS
-        allowed = expert_bits(experts)
         return (
             flags.to_bytes(4, "little")
-            + allowed.to_bytes(4 * self.num_words, "little")
+            + bits.to_bytes(4 * self.num_words, "little")
             + struct.pack(f"<{self.top_k}i", *experts)
-            + struct.pack(f"<{self.top_k}f", *(weights or (0.0,) * self.top_k))
+            + (bytes(4 * self.top_k) if weights is None else struct.pack(f"<{self.top_k}f", *weights))
         )
 
     def rows_of(self, experts: npt.NDArray[np.int32], native: bool, chooses: bool) -> npt.NDArray[np.int32]:

@@ -16,7 +16,7 @@ import numpy as np
 from .compiled import FLAG_FORCED, NO_ROW, CompiledPlan, RowLayout, expert_bits
 from .directive import Directive
 from .errors import RouteError
-from .layer_rules import Gathered, LayerRules
+from .layer_rules import Gathered, LayerRules, Place
 from .plan import RoutePlan
 from .policy import RoutePolicy
 from .shape import ModelShape
@@ -138,7 +138,7 @@ class PlanCompiler:
             if (layer, position) in seen:
                 raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
             seen.add((layer, position))
-            content = self._rules[slot].row(_place(layer, position), cell, base.native)
+            content = self._rules[slot].row(Place(layer, position), cell, base.native)
             assert content is not None
             cells.append((slot, position, content))
         digest = hashlib.sha256((base.digest + repr(delta)).encode()).hexdigest()[:32]
@@ -197,29 +197,36 @@ class PlanCompiler:
         block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
         for slot, (spans, listed) in by_slot.items():
             layer = shape.moe_layers[slot]
-            prompt, generated = Gathered(self._all), Gathered(self._all)
-            for item in spans:
-                if item.positions in ("prompt", "all"):
-                    prompt.add(item, _place(layer, "prompt"))
-                if item.positions in ("generated", "all"):
-                    generated.add(item, _place(layer, "generated"))
-            cells: dict[int, Gathered] = {}
-            for item in listed:
-                for position in cast(tuple[int, ...], item.positions):
-                    if position not in cells:
-                        cells[position] = (prompt if position < end_of_prompt else generated).copy()
-                    cells[position].add(item, _place(layer, position))
+            prompt, generated, cells = self._gather(layer, spans, listed, end_of_prompt)
+
+            def number(where: int | str, cell: Gathered, slot: int = slot, layer: int = layer) -> int:
+                content = self._rules[slot].row(Place(layer, where), cell, native)
+                return NO_ROW if content is None else row_of.setdefault(content, len(row_of))
+
             end = min(end_of_prompt, num_listed)
-            columns: list[tuple[list[int], object, Gathered]] = [
-                ([*range(end), num_listed], "prompt", prompt),
-                ([*range(end, num_listed), num_listed + 1], "generated", generated),
-            ]
-            columns += [([position], position, cell) for position, cell in cells.items()]
-            for where_set, where, cell in columns:
-                content = self._rules[slot].row(_place(layer, where), cell, native)
-                block[slot, where_set] = NO_ROW if content is None else row_of.setdefault(content, len(row_of))
+            block[slot, :end] = block[slot, num_listed] = number("prompt", prompt)
+            block[slot, end:num_listed] = block[slot, num_listed + 1] = number("generated", generated)
+            block[slot, list(cells)] = [number(position, cell) for position, cell in cells.items()]
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
+
+    def _gather(
+        self, layer: int, spans: list[Directive], listed: list[Directive], end_of_prompt: int
+    ) -> tuple[Gathered, Gathered, dict[int, Gathered]]:
+        """What directives ask of a layer's prompt, of its generated tokens, and of the positions that they list."""
+        prompt, generated = Gathered(self._all), Gathered(self._all)
+        for item in spans:
+            if item.positions in ("prompt", "all"):
+                prompt.add(item, Place(layer, "prompt"))
+            if item.positions in ("generated", "all"):
+                generated.add(item, Place(layer, "generated"))
+        cells: dict[int, Gathered] = {}
+        for item in listed:
+            for position in cast(tuple[int, ...], item.positions):
+                if position not in cells:
+                    cells[position] = (prompt if position < end_of_prompt else generated).copy()
+                cells[position].add(item, Place(layer, position))
+        return prompt, generated, cells
 
 
 def _check_directive(item: Directive, shape: ModelShape) -> None:
@@ -232,10 +239,6 @@ def _check_directive(item: Directive, shape: ModelShape) -> None:
         )
     if item.kind == "force" and len(item.experts) != shape.top_k:
         raise RouteError(f"{_where(item)}: {len(item.experts)} forced experts, exactly top_k {shape.top_k} are needed")
-
-
-def _place(layer: int, where: object) -> str:
-    return f"layer {layer}, " + (f"position {where}" if isinstance(where, int) else f"positions {where!r}")
 
 
 def _where(item: Directive) -> str:

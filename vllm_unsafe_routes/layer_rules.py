@@ -6,8 +6,9 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from .compiled import RowLayout, Soft, expert_bits
+from .compiled import NOT_SOFT, RowLayout, Soft, expert_bits
 from .directive import Directive
 from .errors import RouteError
 
@@ -15,6 +16,16 @@ from .errors import RouteError
 def lowest(bits: int) -> int:
     """The smallest expert of a set."""
     return (bits & -bits).bit_length() - 1
+
+
+class Place(NamedTuple):
+    """A layer and where in it, for messages: a position or a span's name. A plan has many and its messages few."""
+
+    layer: int
+    where: int | str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, " + (f"position {self.where}" if isinstance(self.where, int) else f"positions {self.where!r}")
 
 
 @dataclass(slots=True)
@@ -40,8 +51,13 @@ class Gathered:
         """One that can be added to by itself."""
         return Gathered(self.allowed, self.force, self.promoted, self.demoted, dict(self.bias))
 
-    def add(self, item: Directive, place: str) -> None:
-        """One directive more; `place` is the layer and position, for the message. Raises `RouteError` for a second force."""
+    def add(self, item: Directive, place: Place) -> None:
+        """One directive more, at `place`. Raises `RouteError` for a second force."""
+        if item.kind == "force":
+            if self.force is not None:
+                raise RouteError(f"{place}: two forces for one (layer, position)")
+            self.force = item
+            return
         bits = expert_bits(item.experts)
         if item.kind == "disable":
             self.allowed &= ~bits
@@ -51,16 +67,14 @@ class Gathered:
             self.promoted |= bits
         elif item.kind == "demote":
             self.demoted |= bits
-        elif item.kind == "bias":
+        else:
             for expert, value in zip(item.experts, item.weights or (), strict=True):
                 self.bias[expert] = self.bias.get(expert, 0.0) + value
-        elif self.force is not None:
-            raise RouteError(f"{place}: two forces for one (layer, position)")
-        else:
-            self.force = item
 
     def soft(self) -> Soft:
         """What is asked for without excluding anything, of the experts that are left."""
+        if not (self.bias or self.promoted or self.demoted):
+            return NOT_SOFT
         bias = tuple((expert, value) for expert, value in sorted(self.bias.items()) if value and self.allowed >> expert & 1)
         return Soft(bias, self.promoted, self.demoted & self.allowed)
 
@@ -93,7 +107,7 @@ class LayerRules:
             return None
         return self.layout.mask_row(self.all & ~self.banned, native, Soft(self.bias))
 
-    def row(self, place: str, asked: Gathered, native: bool) -> bytes | None:
+    def row(self, place: Place, asked: Gathered, native: bool) -> bytes | None:
         """The row of what is asked, None where that is nothing.
 
         Raises:
@@ -118,7 +132,7 @@ class LayerRules:
                 "policy",
             )
         if asked.force is not None:
-            return self.layout.forced_row(asked.force.experts, asked.force.weights, native)
+            return self.layout.forced_row(asked.force.experts, asked.force.weights, native, chosen)
         left, top_k = asked.allowed & ~self.banned, self.layout.top_k
         if left.bit_count() < top_k:
             # Enough for a plan alone: then it is the policy that takes the rest away.
@@ -137,7 +151,7 @@ class LayerRules:
         bias = tuple((expert, value) for expert, value in sorted(total.items()) if value and left >> expert & 1)
         return Soft(bias, soft.promoted, soft.demoted)
 
-    def _check_soft(self, place: str, asked: Gathered, soft: Soft) -> None:
+    def _check_soft(self, place: Place, asked: Gathered, soft: Soft) -> None:
         if soft.promoted & asked.demoted:
             raise RouteError(f"{place}: expert {lowest(soft.promoted & asked.demoted)} is promoted and demoted by the same plan")
         if soft.promoted & ~asked.allowed:

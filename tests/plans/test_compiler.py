@@ -172,7 +172,7 @@ def test_soft_rows():
 def test_a_delta_forces_over_soft_directives():
     base = RoutePlan().promote(1, "all", [40]).bias(2, "all", {1: 1.0}).to_string()
     compiled = PlanCompiler(SHAPE).compile_text(base, (1, 0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4))
-    forced = RowLayout(64, 4).forced_row((1, 2, 3, 4), None, False)
+    forced = RowLayout(64, 4).forced_row((1, 2, 3, 4), None, False, 0b11110)
     assert [compiled.rows[row] for row in compiled.block[:2, 0]] == [forced, forced]
 
 
@@ -326,7 +326,7 @@ def test_one_limit_for_every_form(form, monkeypatch):
 def test_rows_made_together_are_those_made_one_by_one(num_experts, native):
     layout = RowLayout(num_experts, 4)
     orders = np.stack([np.random.default_rng(seed).permutation(num_experts) for seed in range(20)]).astype(np.int32)
-    expected = [layout.forced_row(tuple(row), None, native) for row in orders[:, :4].tolist()]
+    expected = [layout.forced_row(tuple(row), None, native, expert_bits(row)) for row in orders[:, :4].tolist()]
     assert [row.tobytes() for row in layout.rows_of(orders[:, :4], native, chooses=False)] == expected
     expected = [layout.mask_row(expert_bits(row), native) for row in orders[:, :7].tolist()]
     assert [row.tobytes() for row in layout.rows_of(orders[:, :7], native, chooses=True)] == expected
