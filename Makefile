@@ -184,9 +184,11 @@ cuda-binding: $(CUDA_ROWS)
 NEXT_RELEASE := 0.33.0
 NEXT_VENV := .venv-033
 NEXT_STAMP := $(NEXT_VENV)/.ready
-# What leans on vLLM most: symbols, parity of all families, refusals, the watch, policy modes, the prefix cache, the server.
+# What leans on vLLM most: symbols, parity of all families, refusals, the watch, policy modes, the prefix cache, the server, both seams,
+# the probe, cells, what is read back (receipts, router logits, usage, the monitor), data parallel.
 NEXT_TESTS := $(addprefix tests/engine/test_,symbols.py refusals.py watch.py parity.py policy_modes.py prefix_cache.py identity.py \
-  held.py features.py doctor.py server.py)
+  held.py features.py doctor.py server.py logits_seam.py probe.py cells.py receipts.py positions.py step_report.py router_logits.py \
+  usage.py route_monitor.py data_parallel.py)
 .PHONY: setup-033 test-033
 
 setup-033: $(NEXT_STAMP)

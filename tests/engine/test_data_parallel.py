@@ -49,6 +49,8 @@ def two_cores(tiny_model, tmp_path_factory, probe):
         flags += [flag, str(path)]
     (folder / "plugin").mkdir()
     environment = {
+        # From vLLM 0.33 on every rank wants a memory node of its own, unless this is there.
+        "VLLM_CPU_SIM_MULTI_NUMA": "0",
         "VLLM_PLUGINS": "unsafe_routes,unsafe_routes_admin,cpu_collectives",
         "VLLM_UNSAFE_ROUTES_ADMIN_TOKEN": TOKEN,
         "PYTHONPATH": os.pathsep.join([cpu_collectives.install(folder / "plugin"), os.environ.get("PYTHONPATH", "")]),
