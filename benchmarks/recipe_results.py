@@ -6,7 +6,7 @@ strategy and the adaptive one, one attempt each; SteerMoE, SAFEx, L3 and MASCing
 suffix of words, which is no route. No search of routes scores more than `--budget` candidates a prompt. The two questions are
 asked of the first model. Runs are campaigns in `--runs`: an interrupted call goes on.
 
-    python benchmarks/recipe_results.py              # about 20 minutes of a core for each model
+    python benchmarks/recipe_results.py              # about five minutes of a core for each model
     python benchmarks/recipe_results.py --seeds 1    # one model's campaigns, beside another call; then once without
     python benchmarks/tables.py                      # the tables of README.md and docs/
 """
@@ -276,10 +276,9 @@ def main() -> None:
     folders = {int(seed): args.runs / f"seed-{seed}" for seed in args.seeds.split(",")}
     if not args.tables_only:
         for seed, folder in folders.items():
-            model = model_of(seed, RUNS)
-            run(folder, model, seed, args.prompts, args.budget)
-            if folder == next(iter(folders.values())):
-                run_stability(folder, model, args.prompts)
+            run(folder, model_of(seed, RUNS), seed, args.prompts, args.budget)
+        first = next(iter(folders))
+        run_stability(folders[first], model_of(first, RUNS), args.prompts)
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of_tree()}
     lines = [about | row for row in tabulate([*folders.values()], args.budget)]
     write_csv(RESULTS, lines)
