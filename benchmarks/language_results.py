@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from common import NOT_MEASURED, ROOT, Rows, commit_of_tree, distinct, markdown, read_csv, write_csv
+from lab_results import rule_of
 
 RESULTS = ROOT / "benchmarks/results/language_cpu.csv"
 PICTURE = ROOT / "docs/pictures/language.svg"
@@ -208,7 +209,6 @@ def finished(folder: Path) -> list[Any]:
 
 def defences(out: Path) -> Rows:
     """The matrix of attacks by defences, and utility; of those defences under which all is done."""
-    from vllm_unsafe_routes import RoutePolicy
     from vllm_unsafe_routes.study.records import Matrix, Record, Throughput, Utility, read
     from vllm_unsafe_routes.study.summary import rate, utility_row
 
@@ -224,9 +224,9 @@ def defences(out: Path) -> Rows:
             column, kind = ("benign right", "right") if record.kind == "benign" else ("over-refusal", "refused")
             cells.setdefault((policy_name(record.defence), column), []).append(utility_row(record, kind))
     lines: Rows = [{"table": "defences", "row": row, "column": column} | rate(found) for (row, column), found in cells.items()]
-    policy = out / "policy" / "policy.json"
-    if cells and policy.exists():
-        lines.append({"table": "policy", "row": str(RoutePolicy.load(policy).provenance["rule"])})
+    policy = out / "policy"
+    if cells and (policy / "policy.json").exists():
+        lines.append({"table": "policy", "row": rule_of(policy)})
     return lines
 
 

@@ -195,18 +195,17 @@ class PlanCompiler:
         end_of_prompt = plan.prompt.tokens if plan.prompt is not None else num_listed
         row_of: dict[bytes, int] = {}
         block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
+        end = min(end_of_prompt, num_listed)
+
+        def number(slot: int, where: int | str, cell: Gathered) -> int:
+            content = self._rules[slot].row(Place(shape.moe_layers[slot], where), cell, native)
+            return NO_ROW if content is None else row_of.setdefault(content, len(row_of))
+
         for slot, (spans, listed) in by_slot.items():
-            layer = shape.moe_layers[slot]
-            prompt, generated, cells = self._gather(layer, spans, listed, end_of_prompt)
-
-            def number(where: int | str, cell: Gathered, slot: int = slot, layer: int = layer) -> int:
-                content = self._rules[slot].row(Place(layer, where), cell, native)
-                return NO_ROW if content is None else row_of.setdefault(content, len(row_of))
-
-            end = min(end_of_prompt, num_listed)
-            block[slot, :end] = block[slot, num_listed] = number("prompt", prompt)
-            block[slot, end:num_listed] = block[slot, num_listed + 1] = number("generated", generated)
-            block[slot, list(cells)] = [number(position, cell) for position, cell in cells.items()]
+            prompt, generated, cells = self._gather(shape.moe_layers[slot], spans, listed, end_of_prompt)
+            block[slot, :end] = block[slot, num_listed] = number(slot, "prompt", prompt)
+            block[slot, end:num_listed] = block[slot, num_listed + 1] = number(slot, "generated", generated)
+            block[slot, list(cells)] = [number(slot, position, cell) for position, cell in cells.items()]
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 
