@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +83,7 @@ class Base:
         routes: its plan.
         log_probs: float32 [num_rows, width], of the target, on the device; None until it is computed.
         token_ids: int32 [num_tokens], what the model reads.
+        num_tokens: of these.
 
     """
 
@@ -90,14 +92,74 @@ class Base:
     routes: BaseRoutes
     log_probs: torch.Tensor | None = None
     token_ids: np.ndarray = field(init=False)
+    num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = self.cells.token_ids
+        self.num_tokens = len(self.token_ids)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the model reads."""
-        return len(self.token_ids)
+
+class BaseArrays(NamedTuple):
+    """The bases of one call, as arrays; what belongs to tokens or to rows of the target stands one base after the other.
+
+    Attributes:
+        numbers: each base's number.
+        num_tokens: int [num_bases].
+        last_prompt: int [num_bases], the position of the last token of the prompt: the first that is scored.
+        num_rows: int [num_bases], rows of the target.
+        blocks: int64 [num_bases, width], KV blocks as indices into the reserve.
+        token_start: int [num_bases], where a base's tokens begin.
+        token_ids: int32 [tokens].
+        routes: int32 [MoE layers, tokens], index into `contents`, -1 where nothing is directed.
+        contents: int32 [rows of a route table, ints], as of `BaseRoutes`.
+        row_start: int [num_bases], where a base's rows of the target begin.
+        targets: int32 [rows, width], the tokens whose log-probabilities are asked for.
+
+    """
+
+    numbers: dict[Base, int]
+    num_tokens: np.ndarray
+    last_prompt: np.ndarray
+    num_rows: np.ndarray
+    blocks: np.ndarray
+    token_start: np.ndarray
+    token_ids: np.ndarray
+    routes: np.ndarray
+    contents: np.ndarray
+    row_start: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, bases: Sequence[Base], width: int) -> BaseArrays:
+        """From bases, of which some may be the same, with block tables of a width."""
+        numbers = {base: number for number, base in enumerate(dict.fromkeys(bases))}
+        num_tokens = np.array([one.num_tokens for one in numbers])
+        num_rows = np.array([len(one.cells.target) for one in numbers])
+        blocks = np.zeros((len(numbers), width), np.int64)
+        for row, one in zip(blocks, numbers, strict=True):
+            row[: len(one.blocks)] = one.blocks
+        contents = [one.routes.contents for one in numbers]
+        first_row = np.repeat(starts_of([len(content) for content in contents]), num_tokens)
+        routes = np.concatenate([one.routes.rows for one in numbers], 1)
+        return cls(
+            numbers=numbers,
+            num_tokens=num_tokens,
+            last_prompt=num_tokens - num_rows,
+            num_rows=num_rows,
+            blocks=blocks,
+            token_start=starts_of(num_tokens),
+            token_ids=np.concatenate([one.token_ids for one in numbers]),
+            routes=np.where(routes == NO_ROW, NO_ROW, routes + first_row).astype(np.int32),
+            contents=widen(contents),
+            row_start=starts_of(num_rows),
+            targets=widen([one.cells.target for one in numbers]),
+        )
+
+
+def starts_of(lens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int [num], where each of some pieces begins that stand one behind the other."""
+    starts: np.ndarray = np.cumsum(lens) - lens
+    return starts
 
 
 class Bases:

@@ -18,10 +18,10 @@ from ..compiled import RowLayout
 from ..compiler import PlanCompiler
 from ..errors import RouteError
 from ..shape import ModelShape
-from .cell_bases import Base, BaseRoutes, Bases
+from .cell_bases import Base, BaseArrays, BaseRoutes, Bases, starts_of
 from .device_table import upload
 from .layer_range import LayerRange
-from .sweep import Memory, Sequences, block_tables, ranges
+from .sweep import Memory, Sequences, ranges
 from .sweep_runner import SweepRunner
 
 # Bases have at most this share of the reserve, and their residual streams at most this many bytes.
@@ -37,8 +37,8 @@ class Candidates(NamedTuple):
     """Candidates of several bases that compute something, as arrays over candidates or moves.
 
     Attributes:
-        bases: the bases.
-        base: int [num_candidates], index into `bases`.
+        bases: the bases of the call.
+        base: int [num_candidates], number of the base.
         number: int [num_candidates], among all candidates of the call.
         changes: int [num_candidates, 3], as `Changes`.
         move_start: int [num_candidates], where a candidate's moves begin.
@@ -47,7 +47,7 @@ class Candidates(NamedTuple):
 
     """
 
-    bases: Sequence[Base]
+    bases: BaseArrays
     base: np.ndarray
     number: np.ndarray
     changes: np.ndarray
@@ -56,24 +56,23 @@ class Candidates(NamedTuple):
     rows: np.ndarray
 
     @classmethod
-    def of(cls, items: Sequence[tuple[int, Base, Cells]], layout: RowLayout) -> Candidates:
+    def of(cls, bases: BaseArrays, items: Sequence[tuple[int, Base, Cells]], layout: RowLayout) -> Candidates:
         """From the cells of each base; the integer is the number of its first candidate."""
         if not items:
             none = np.zeros(0, np.int64)
-            return cls([], none, none, np.zeros((0, 3), np.int64), none, np.zeros((0, 4), np.int64), layout.table([]))
+            return cls(bases, none, none, np.zeros((0, 3), np.int64), none, np.zeros((0, 4), np.int64), layout.table([]))
         moves = np.concatenate([cells.moves for _, _, cells in items]).astype(np.int64)
         counts = [len(cells.moves) for _, _, cells in items]
-        of_item = np.repeat(np.arange(len(items)), counts)
-        number = moves[:, CANDIDATE] + np.array([first for first, _, _ in items])[of_item]
+        number = moves[:, CANDIDATE] + np.repeat([first for first, _, _ in items], counts)
         start = np.flatnonzero(np.diff(number, prepend=-1))
-        last_prompt = np.array([len(base.cells.prompt) - 1 for _, base, _ in items])
+        base = np.repeat([bases.numbers[base] for _, base, _ in items], counts)[start]
         layer = np.minimum.reduceat(moves[:, LAYER], start)
         ends = np.where(moves[:, LAYER] == np.repeat(layer, np.diff(start, append=len(moves))), moves[:, END], 0)
         # All scored rows are computed again, wherever the change begins.
-        first = np.minimum(np.minimum.reduceat(moves[:, START], start), last_prompt[of_item[start]])
+        first = np.minimum(np.minimum.reduceat(moves[:, START], start), bases.last_prompt[base])
         changes = np.stack([layer, first, np.maximum.reduceat(ends, start)], 1)
         rows = np.concatenate([layout.rows_of(cells.experts, base.routes.native, cells.chooses) for _, base, cells in items])
-        return cls([base for _, base, _ in items], of_item[start], number[start], changes, start, moves, rows)
+        return cls(bases, base, number[start], changes, start, moves, rows)
 
     @property
     def first(self) -> np.ndarray:
@@ -84,7 +83,7 @@ class Candidates(NamedTuple):
     @property
     def num_tokens(self) -> np.ndarray:
         """int [num_candidates], tokens of each, shared ones included."""
-        num_tokens: np.ndarray = np.array([base.num_tokens for base in self.bases], np.int64)[self.base]
+        num_tokens: np.ndarray = self.bases.num_tokens[self.base]
         return num_tokens
 
 
@@ -177,14 +176,15 @@ class CellScorer:
     def _score(self, items: Sequence[Cells], bases: list[Base], changes: Changes) -> list[tuple[np.ndarray, int]]:
         """Scores of items whose bases have room, `changes` of these first."""
         counts = np.array([cells.num_candidates for cells in items])
-        offsets = np.cumsum(counts) - counts
+        offsets = starts_of(counts)
         lens = np.repeat([len(cells.target) for cells in items], counts)
-        starts = np.cumsum(lens) - lens
+        starts = starts_of(lens)
         scores = torch.zeros((int(lens.sum()), max(cells.target.shape[1] for cells in items)), device=self.layers.device)
         moved = [(int(at), base, cells) for at, base, cells in zip(offsets, bases, items, strict=True) if len(cells.moves)]
-        candidates = Candidates.of(moved, self.compiler.layout)
+        arrays = BaseArrays.of(bases, self.layers.table_width(max(base.num_tokens for base in bases)))
+        candidates = Candidates.of(arrays, moved, self.compiler.layout)
         together = self._together(candidates, changes)
-        work = dict.fromkeys(bases, 0.0)
+        work = np.zeros(len(arrays.numbers))
         nobody = np.zeros(0, np.int64)
         for alone in _pieces([base for base in changes if base not in together], self._limits):
             self._run(candidates, nobody, {base: changes[base] for base in alone}, work)
@@ -204,10 +204,10 @@ class CellScorer:
             scores[where, : base.log_probs.shape[1]] = base.log_probs.repeat(len(same), 1)
         sizes = [cells.num_candidates * len(cells.target) for cells in items]
         parts = np.split(scores.cpu().numpy(), np.cumsum(sizes)[:-1])
-        return [
-            (part[:, : cells.target.shape[1]], round(work.pop(base, 0.0)))
-            for part, cells, base in zip(parts, items, bases, strict=True)
-        ]
+        # Of two items of one base the first has its work.
+        costs = dict(zip(arrays.numbers, np.rint(work).astype(int).tolist(), strict=True))
+        of_item = zip(parts, items, bases, strict=True)
+        return [(part[:, : cells.target.shape[1]], costs.pop(base, 0)) for part, cells, base in of_item]
 
     def _together(self, candidates: Candidates, changes: Changes) -> Changes:
         """Bases that may move in the sweep of their own candidates.
@@ -216,13 +216,11 @@ class CellScorer:
         change meanwhile.
         """
         last = self.layers.num_layers - 1
-        found = {base: changes[base] for base in candidates.bases if base in changes}
-        for number, base in enumerate(candidates.bases):
-            if base in found:
-                layer, first, _ = found[base]
-                begins = candidates.first[candidates.base == number]
-                if layer < last and ((begins > first) & (begins % self.layers.block_size > 0)).any():
-                    del found[base]
+        found: Changes = {}
+        for base, (layer, first, end) in changes.items():
+            begins = candidates.first[candidates.base == candidates.bases.numbers[base]]
+            if len(begins) and (layer == last or not ((begins > first) & (begins % self.layers.block_size > 0)).any()):
+                found[base] = layer, first, end
         tokens = sum(base.num_tokens - first for base, (_, first, _) in found.items())
         return found if len(found) < self._limits[0] and tokens < self._limits[1] else {}
 
@@ -251,41 +249,35 @@ class CellScorer:
             yield order[at:end], moving
             at, moving = max(at, end), {}
 
-    def _run(self, candidates: Candidates, some: np.ndarray, moving: Changes, work: dict[Base, float]) -> torch.Tensor:
+    def _run(self, candidates: Candidates, some: np.ndarray, moving: Changes, work: np.ndarray) -> torch.Tensor:
         """Move bases and run some candidates in one sweep.
 
         Returns:
             float32, log-probabilities of the candidates' targets' tokens, one candidate after the other.
 
         """
-        size, num_moving = self.layers.block_size, len(moving)
-        bases = [*candidates.bases] if len(some) else [*moving]
-        base = np.array([*(bases.index(one) for one in moving), *candidates.base[some].tolist()], np.int64)
-        layer, first, span_end = np.array([*moving.values(), *candidates.changes[some].tolist()], np.int64).reshape(-1, 3).T
-        tables = block_tables(bases, self.layers.table_width(max(one.num_tokens for one in bases)))[base]
-        num_blocks = -(-np.array([one.num_tokens for one in bases])[base] // size)
-        counts = num_blocks - first // size
+        size, num_moving, bases = self.layers.block_size, len(moving), candidates.bases
+        base = np.array([*(bases.numbers[one] for one in moving), *candidates.base[some].tolist()])
+        changes = np.array([*moving.values(), *candidates.changes[some].tolist()]).reshape(-1, 3)
+        layer, first, span_end = changes.T
+        counts = -(-bases.num_tokens[base] // size) - first // size
         counts[:num_moving] = 0
-        own = tables.copy()
+        own = bases.blocks[base]
         own[np.repeat(np.arange(len(base)), counts), ranges(first // size, counts)] = self._first_own + np.arange(counts.sum())
         moves_base = np.arange(len(base)) < num_moving
         order = np.argsort(layer, kind="stable")
         place = np.argsort(order, kind="stable")
-        arrays = (values[order] for values in (base, first, layer, span_end, own, tables, moves_base))
-        sequences = Sequences(bases, *arrays)
-        ends = np.append(candidates.move_start[1:], len(candidates.moves))
-        counts = (ends - candidates.move_start)[some]
+        sequences = Sequences(bases, *(values[order] for values in (base, first, layer, span_end, own, moves_base)))
+        counts = np.diff(candidates.move_start, append=len(candidates.moves))[some]
         chosen = ranges(candidates.move_start[some], counts)
-        moves = candidates.moves[chosen].copy()
+        moves = candidates.moves[chosen]
         moves[:, CANDIDATE] = np.repeat(place[num_moving:], counts)
         values = self.runner.run(self._memory, sequences, moves, candidates.rows[chosen])
-        for one, cost in zip((bases[at] for at in sequences.base), sequences.work(self.layers.num_layers), strict=True):
-            work[one] += cost
+        np.add.at(work, sequences.base, sequences.work(self.layers.num_layers))
         if not moving:
             return values
-        counts = np.array([len(one.cells.target) for one in bases])[sequences.base]
-        starts = np.cumsum(counts) - counts
-        for one, start in zip(moving, starts[place[:num_moving]], strict=True):
+        counts = bases.num_rows[sequences.base]
+        for one, start in zip(moving, starts_of(counts)[place[:num_moving]].tolist(), strict=True):
             one.log_probs = values[start : start + len(one.cells.target), : one.cells.target.shape[1]].clone()
         return values[upload(np.flatnonzero(np.repeat(~sequences.moves_base, counts)), torch.int64, values.device)]
 

@@ -12,16 +12,15 @@ stream at every layer where its candidates, in the same sweep, find it.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .cell_bases import Base
+from .cell_bases import BaseArrays, starts_of
 from .device_table import upload
 from .layer_range import Batch, LayerRange, Queries
 
@@ -43,58 +42,53 @@ class Memory(NamedTuple):
     streams: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences of a sweep, as arrays, in the order of their layers.
+    """Sequences of a sweep, as arrays, in the order of their layers; their rows stand one sequence after the other.
 
     Attributes:
         bases: the bases that they begin at.
-        base: int [num_seqs], index into `bases`.
+        base: int [num_seqs], number of the base.
         first: int [num_seqs], position t.
         layer: int [num_seqs], layer l; -1: nothing is there yet, all layers compute all tokens.
         span_end: int [num_seqs], one past the last position that layer l computes.
         own_blocks: int [num_seqs, width], KV blocks for the layers behind l, as indices into the reserve; those before `first` are
             the base's.
-        base_blocks: int [num_seqs, width], the base's blocks.
         moves_base: bool [num_seqs], sequences that are a base itself on its way to another plan.
+        lens: int [num_seqs], rows of each.
+        starts: int [num_seqs], its first row.
+        columns: int [num_rows], which of the bases' tokens a row is.
 
     """
 
-    bases: Sequence[Base]
+    bases: BaseArrays
     base: np.ndarray
     first: np.ndarray
     layer: np.ndarray
     span_end: np.ndarray
     own_blocks: np.ndarray
-    base_blocks: np.ndarray
     moves_base: np.ndarray
+    lens: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
+    columns: np.ndarray = field(init=False)
 
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """int [num_seqs], tokens of each, shared ones included."""
-        num_tokens: np.ndarray = np.array([base.num_tokens for base in self.bases])[self.base]
-        return num_tokens
+    def __post_init__(self) -> None:
+        lens = self.bases.num_tokens[self.base] - self.first
+        columns = ranges(self.bases.token_start[self.base] + self.first, lens)
+        for name, value in {"lens": lens, "starts": starts_of(lens), "columns": columns}.items():
+            object.__setattr__(self, name, value)
 
     def work(self, num_layers: int) -> np.ndarray:
         """float64 [num_seqs], what each costs, in tokens through all layers."""
-        later = (self.num_tokens - self.first) * (num_layers - 1 - self.layer)
+        later = self.lens * (num_layers - 1 - self.layer)
         work: np.ndarray = (later + np.maximum(self.span_end - self.first, 0)) / num_layers
         return work
 
 
-def block_tables(bases: Sequence[Base], width: int) -> np.ndarray:
-    """int64 [num_bases, width], the blocks of each."""
-    tables = np.zeros((len(bases), width), np.int64)
-    for row, one in zip(tables, bases, strict=True):
-        row[: len(one.blocks)] = one.blocks
-    return tables
-
-
 def ranges(starts: np.ndarray, lens: np.ndarray) -> np.ndarray:
     """`starts[0], starts[0] + 1, ...`, `lens[0]` of them, then those of the next."""
-    ends = np.cumsum(lens)
-    total = int(ends[-1]) if len(ends) else 0
-    numbers: np.ndarray = np.arange(total) + np.repeat(starts - (ends - lens), lens)
+    numbers: np.ndarray = np.repeat(starts - starts_of(lens), lens)
+    numbers += np.arange(len(numbers))
     return numbers
 
 
@@ -107,7 +101,7 @@ class _Part(NamedTuple):
         routes: int32 [MoE layers, num_tokens and some padding], their rows in the route table.
         num_joining: tokens of sequences that compute the changed ones only.
         joining: int64 [num_joining], where these are in the bases' residual streams.
-        behind: int64, where all rows of these sequences are there, in the order of sequences.
+        behind: int64, where all rows of these sequences are there.
         changed: int64 [num_joining], numbers of the joining tokens among `behind`.
         moved: of the tokens of moving bases, int64 each: numbers among the tokens, places in the bases' residual streams; None: no
             base moves.
@@ -136,20 +130,24 @@ class Sweep:
     """
 
     def __init__(self, layers: LayerRange, memory: Memory, sequences: Sequences, routes: torch.Tensor) -> None:
-        self._layers, self._memory, self.sequences = layers, memory, sequences
-        self._size = layers.block_size
-        self._lens = sequences.num_tokens - sequences.first
-        self.starts = np.cumsum(self._lens) - self._lens
-        self._sequence = np.repeat(np.arange(len(self._lens)), self._lens)
-        self._positions = ranges(sequences.first, self._lens)
-        self._ids = np.concatenate([base.token_ids for base in sequences.bases])
-        offsets = np.cumsum([0, *(base.num_tokens for base in sequences.bases)])[:-1]
-        self._ids = self._ids[offsets[sequences.base][self._sequence] + self._positions]
-        self._routes = routes
-        self._scored_from = np.array([len(base.cells.prompt) - 1 for base in sequences.bases])[sequences.base]
+        self._layers, self._memory, self.sequences, self._routes = layers, memory, sequences, routes
+        bases, base, self._size = sequences.bases, sequences.base, layers.block_size
+        self._sequence = np.repeat(np.arange(len(base)), sequences.lens)
+        self._positions = ranges(sequences.first, sequences.lens)
+        self._spans = sequences.span_end - sequences.first
+        self._scored = self._positions >= bases.last_prompt[base][self._sequence]
+        # `take` leaves every group's part contiguous, as the kernels want it.
+        base_blocks = bases.blocks[base]
+        self._base_tables, self._own_tables = (memory.reserve.take(blocks, 1) for blocks in (base_blocks, sequences.own_blocks))
+        block, self._offsets = np.divmod(self._positions, self._size)
+        self._slots = self._own_tables[:, self._sequence, block] * self._size + self._offsets
+        # The reserve's blocks from the second on are the bases'.
+        in_stream = (base_blocks[self._sequence, block] - 1) * self._size + self._offsets
+        # int64 [rows of the sweep], where each row's token is in the bases' residual streams.
+        self._stream_slots = upload(in_stream, torch.int64, layers.device)
         # The residual stream of the sequences that have joined, in pieces.
         self._stream: list[dict[str, torch.Tensor]] = []
-        self._last: tuple[bytes, _Part] | None = None
+        self._last: tuple[tuple[int, int], _Part] | None = None
         # int32 [MoE layers, tokens of the batch in hand and some padding], for the bound routers.
         self.row_index = routes
 
@@ -159,7 +157,7 @@ class Sweep:
         shared = (own.first % self._size > 0) & (own.layer < num_layers - 1) & ~own.moves_base
         if shared.any():
             at = shared.nonzero()[0], own.first[shared] // self._size
-            source, target = (self._memory.reserve.take(blocks[at], 1) for blocks in (own.base_blocks, own.own_blocks))
+            source, target = (tables[:, *at] for tables in (self._base_tables, self._own_tables))
             self._layers.copy_blocks(source, target, own.layer[shared] + 1)
         bounds = {*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers}
         if own.moves_base.any():
@@ -175,8 +173,7 @@ class Sweep:
         return rows[:num_tokens] if wanted is None or num_tokens != len(wanted) else rows[wanted]
 
     def _run(self, start: int, end: int) -> None:
-        own = self.sequences
-        part = self._part(own.layer < start, own.layer == start)
+        part = self._part(start)
         self.row_index = part.routes
         if start and part.num_joining:
             self._stream.insert(0, self._of_bases(start, part.joining))
@@ -205,45 +202,38 @@ class Sweep:
         keys = self._layers.keys[: 1 if layer == self._layers.num_layers else None]
         return {key: self._memory.streams[key][layer - 1].index_select(0, slots) for key in keys}
 
-    @functools.cached_property
-    def _slots(self) -> torch.Tensor:
-        """int64 [rows of the sweep], where each row's token is in the bases' residual streams."""
-        blocks = self.sequences.base_blocks[self._sequence, self._positions // self._size]
-        # The reserve's blocks from the second on are the bases'.
-        return upload((blocks - 1) * self._size + self._positions % self._size, torch.int64, self._layers.device)
-
-    def _part(self, whole: np.ndarray, joining: np.ndarray) -> _Part:
-        """Sequences that compute all their rows, and those that compute the changed tokens only."""
-        key = whole.tobytes() + joining.tobytes()
-        if self._last is not None and self._last[0] == key:
+    def _part(self, start: int) -> _Part:
+        """At layer `start`: sequences that begin there compute the changed tokens only, those that began before all their rows."""
+        own, device = self.sequences, self._layers.device
+        num_whole, num_begun = np.searchsorted(own.layer, (start, start + 1)).tolist()
+        if self._last is not None and self._last[0] == (num_whole, num_begun):
             return self._last[1]
-        own, size, device = self.sequences, self._size, self._layers.device
-        joins, spans = np.flatnonzero(joining), own.span_end - own.first
-        short = joins[np.argsort(spans[joins], kind="stable")]
-        order = np.concatenate([short, np.flatnonzero(whole)])
-        lens = np.where(joining, spans, self._lens)[order]
-        rows = ranges(self.starts[order], lens)
-        sequence, positions = self._sequence[rows], self._positions[rows]
-        table = np.where(whole[order, None], own.own_blocks[order], own.base_blocks[order])
-        block = np.where(whole[sequence], own.own_blocks[sequence, positions // size], WASTE_BLOCK)
-        reserve = self._memory.reserve
-        # `take` leaves every group's part contiguous, as the kernels want it.
-        slots = reserve.take(block, 1) * size + positions % size
-        scored = positions >= self._scored_from[sequence]
-        queries = Queries(lens, own.first[order] + lens, reserve.take(table, 1), positions, slots, scored)
+        joins = num_whole + np.argsort(self._spans[num_whole:num_begun], kind="stable")
+        order, lens = np.append(joins, np.arange(num_whole)), np.append(self._spans[joins], own.lens[:num_whole])
+        first, end = (int(own.lens[:count].sum()) for count in (num_whole, num_begun))
+        rows = np.append(ranges(own.starts[joins], self._spans[joins]), np.arange(first))
+        num_joining = len(rows) - first
+        table, slots = self._own_tables.take(order, 1), self._slots.take(rows, 1)
+        # Those that join read the base's K and V, and nobody reads theirs.
+        table[:, : len(joins)] = self._base_tables.take(joins, 1)
+        slots[:, :num_joining] = self._memory.reserve[:, WASTE_BLOCK, None] * self._size + self._offsets[rows[:num_joining]]
+        queries = Queries(lens, own.first[order] + lens, table, self._positions[rows], slots, self._scored[rows])
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
         padded = upload(np.pad(rows, (0, -len(rows) % 16)), torch.int64, device)
         routes, where = self._routes.gather(1, padded.expand(len(self._routes), -1)), padded[: len(rows)]
-        token_ids = upload(self._ids[rows], torch.int32, device)
-        num_joining, slots_of = int(spans[joins].sum()), self._slots
         moved = None
         if own.moves_base.any():
-            tokens = upload(np.flatnonzero(own.moves_base[sequence]), torch.int64, device)
-            moved = tokens, slots_of.index_select(0, where.index_select(0, tokens))
-        behind = ranges(self.starts[joins], self._lens[joins])
-        changed = upload(rows[:num_joining] - (behind[0] if num_joining else 0), torch.int64, device)
-        behind_slots = slots_of.index_select(0, upload(behind, torch.int64, device))
-        batch, joining_slots = self._layers.batch(queries), slots_of.index_select(0, where[:num_joining])
-        part = _Part(batch, token_ids, routes, num_joining, joining_slots, behind_slots, changed, moved)
-        self._last = key, part
+            tokens = upload(np.flatnonzero(own.moves_base[self._sequence[rows]]), torch.int64, device)
+            moved = tokens, self._stream_slots.index_select(0, where.index_select(0, tokens))
+        part = _Part(
+            self._layers.batch(queries),
+            upload(own.bases.token_ids[own.columns[rows]], torch.int32, device),
+            routes,
+            num_joining,
+            self._stream_slots.index_select(0, where[:num_joining]),
+            self._stream_slots[first:end],
+            where[:num_joining] - first,
+            moved,
+        )
+        self._last = (num_whole, num_begun), part
         return part

@@ -10,7 +10,7 @@ import torch
 from vllm_unsafe_routes.kernels.spec import RouteRows
 
 from ..cells import CANDIDATE, END, LAYER, START
-from ..compiled import NO_ROW, RowLayout
+from ..compiled import RowLayout
 from ..shape import ModelShape
 from .cell_bases import widen
 from .device_table import upload
@@ -63,33 +63,24 @@ class SweepRunner:
             float32 [num_rows, width], the log-probabilities asked for, one sequence's rows after the other; the largest width.
 
         """
-        device, bases, base = self._layers.device, sequences.bases, sequences.base
-        lens = sequences.num_tokens - sequences.first
-        starts = np.cumsum(lens) - lens
-        offsets = np.cumsum([0, *(len(one.routes.contents) for one in bases)])
-        every = np.concatenate(
-            [np.where(one.routes.rows == NO_ROW, NO_ROW, one.routes.rows + at) for one, at in zip(bases, offsets, strict=False)], 1
-        )
-        before = np.cumsum([0, *(one.num_tokens for one in bases)])[:-1]
-        routes = every[:, ranges(before[base] + sequences.first, lens)]
+        device, bases = self._layers.device, sequences.bases
+        routes = bases.routes[:, sequences.columns]
         if len(moves):
             sequence, spans = moves[:, CANDIDATE], moves[:, END] - moves[:, START]
             slot = np.array([self._shape.slot_of_layer[layer] for layer in moves[:, LAYER].tolist()])
-            columns = ranges(starts[sequence] + moves[:, START] - sequences.first[sequence], spans)
+            columns = ranges(sequences.starts[sequence] + moves[:, START] - sequences.first[sequence], spans)
             # Of two moves at one cell the later is written last.
-            routes[np.repeat(slot, spans), columns] = np.repeat(offsets[-1] + np.arange(len(moves)), spans)
-        self._rows = self._table([*(one.routes.contents for one in bases), move_rows])
+            routes[np.repeat(slot, spans), columns] = np.repeat(len(bases.contents) + np.arange(len(moves)), spans)
+        self._rows = self._table([bases.contents, move_rows])
         self._sweep = Sweep(self._layers, memory, sequences, upload(routes, torch.int32, device))
         try:
             hidden = self._sweep.run()
         finally:
             self._sweep = self._rows = None
-        targets = [one.cells.target for one in bases]
-        counts = np.array([len(target) for target in targets])[base]
-        last_prompt = np.array([len(one.cells.prompt) - 1 for one in bases])[base]
-        rows = upload(ranges(starts + last_prompt - sequences.first, counts), torch.int64, device)
-        of_base = np.cumsum([0, *map(len, targets)])[base]
-        wanted = upload(widen(targets)[ranges(of_base, counts)], torch.int64, device)
+        counts = bases.num_rows[sequences.base]
+        first_scored = sequences.starts + bases.last_prompt[sequences.base] - sequences.first
+        rows = upload(ranges(first_scored, counts), torch.int64, device)
+        wanted = upload(bases.targets[ranges(bases.row_start[sequences.base], counts)], torch.int64, device)
         found = self._scoring.of_rows(self._layers.model, hidden, rows, wanted)
         # A rank that does not gather the logits has none, and is not asked for scores.
         return torch.zeros(wanted.shape, device=device) if found is None else found

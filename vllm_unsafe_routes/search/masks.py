@@ -50,15 +50,33 @@ class Experts:
 
     def draw(self, rng: np.random.Generator, layer: int) -> tuple[int, ...]:
         """A random set of top_k experts for a layer, sorted."""
-        kept = self.protected[layer]
-        free = self.free[layer]
-        chosen = rng.choice(len(free), self.shape.top_k - len(kept), replace=False).tolist()
-        return tuple(sorted([*kept, *(free[at] for at in chosen)]))
+        return self._draw(rng, layer, 1)[0]
 
     def draw_many(self, count: int, layer: int, *parts: str | int) -> list[tuple[int, ...]]:
         """`count` draws for a layer from `rng_of(*parts, layer)`."""
-        rng = rng_of(*parts, layer)
-        return [self.draw(rng, layer) for _ in range(count)]
+        return self._draw(rng_of(*parts, layer), layer, count)
+
+    def _draw(self, rng: np.random.Generator, layer: int, count: int) -> list[tuple[int, ...]]:
+        kept, free = self.protected[layer], self.free[layer]
+        chosen = subsets(rng, len(free), self.shape.top_k - len(kept), count)
+        return [tuple(sorted([*kept, *map(free.__getitem__, one)])) for one in chosen]
+
+
+def subsets(rng: np.random.Generator, population: int, size: int, count: int) -> list[set[int]]:
+    """Random subsets of `range(population)`, what `rng.choice(population, size, replace=False)` would draw one after the other.
+
+    Floyd's sampling (Bentley and Floyd, "A sample of brilliance", CACM 30(9), 1987), with the numbers for all sets drawn in one
+    call. The generator would shuffle each set; the numbers for that are drawn and left unused: draws stay those of old runs.
+    """
+    tops = range(population - size, population)
+    bounds = np.array([*tops, *range(size - 1, 0, -1)], np.int64)
+    found = []
+    for numbers in rng.integers(0, bounds, (count, len(bounds)), endpoint=True).tolist():
+        chosen: set[int] = set()
+        for top, number in zip(tops, numbers, strict=False):
+            chosen.add(top if number in chosen else number)
+        found.append(chosen)
+    return found
 
 
 def mask_plan(masks: Sequence[tuple[int, tuple[int, ...]]], positions: str, weights: str = "masked") -> RoutePlan:
