@@ -206,8 +206,8 @@ class CellScorer:
         parts = np.split(scores.cpu().numpy(), np.cumsum(sizes)[:-1])
         # Of two items of one base the first has its work.
         costs = dict(zip(arrays.numbers, np.rint(work).astype(int).tolist(), strict=True))
-        of_item = zip(parts, items, bases, strict=True)
-        return [(part[:, : cells.target.shape[1]], costs.pop(base, 0)) for part, cells, base in of_item]
+        found = zip(parts, items, bases, strict=True)
+        return [(part[:, : cells.target.shape[1]], costs.pop(base, 0)) for part, cells, base in found]
 
     def _together(self, candidates: Candidates, changes: Changes) -> Changes:
         """Bases that may move in the sweep of their own candidates.

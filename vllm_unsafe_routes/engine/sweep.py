@@ -118,6 +118,42 @@ class _Part(NamedTuple):
     moved: tuple[torch.Tensor, torch.Tensor] | None
 
 
+class _Places(NamedTuple):
+    """Where the sequences of a sweep and their rows are in the KV cache and in the bases' residual streams, on the host.
+
+    Attributes:
+        sequence: int [num_rows], whose row it is.
+        positions: int64 [num_rows].
+        scored: bool [num_rows], rows whose output is wanted.
+        base_tables: int64 [KV cache groups, num_seqs, width], vLLM's ids of the bases' KV blocks.
+        own_tables: the same of the sequences' own.
+        slots: int64 [KV cache groups, num_rows], where a row's own K and V go.
+        in_stream: int64 [num_rows], its token in the bases' residual streams.
+
+    """
+
+    sequence: np.ndarray
+    positions: np.ndarray
+    scored: np.ndarray
+    base_tables: np.ndarray
+    own_tables: np.ndarray
+    slots: np.ndarray
+    in_stream: np.ndarray
+
+    @classmethod
+    def of(cls, own: Sequences, reserve: np.ndarray, size: int) -> _Places:
+        """Of sequences, with the ids of the reserve's blocks and the tokens of a block."""
+        sequence, positions = np.repeat(np.arange(len(own.base)), own.lens), ranges(own.first, own.lens)
+        base_blocks = own.bases.blocks[own.base]
+        # `take` leaves every group's part contiguous, as the kernels want it.
+        base_tables, own_tables = (reserve.take(blocks, 1) for blocks in (base_blocks, own.own_blocks))
+        block, offset = np.divmod(positions, size)
+        scored = positions >= own.bases.last_prompt[own.base][sequence]
+        # The reserve's blocks from the second on are the bases'.
+        in_stream = (base_blocks[sequence, block] - 1) * size + offset
+        return cls(sequence, positions, scored, base_tables, own_tables, own_tables[:, sequence, block] * size + offset, in_stream)
+
+
 class Sweep:
     """A sweep.
 
@@ -131,20 +167,8 @@ class Sweep:
 
     def __init__(self, layers: LayerRange, memory: Memory, sequences: Sequences, routes: torch.Tensor) -> None:
         self._layers, self._memory, self.sequences, self._routes = layers, memory, sequences, routes
-        bases, base, self._size = sequences.bases, sequences.base, layers.block_size
-        self._sequence = np.repeat(np.arange(len(base)), sequences.lens)
-        self._positions = ranges(sequences.first, sequences.lens)
-        self._spans = sequences.span_end - sequences.first
-        self._scored = self._positions >= bases.last_prompt[base][self._sequence]
-        # `take` leaves every group's part contiguous, as the kernels want it.
-        base_blocks = bases.blocks[base]
-        self._base_tables, self._own_tables = (memory.reserve.take(blocks, 1) for blocks in (base_blocks, sequences.own_blocks))
-        block, self._offsets = np.divmod(self._positions, self._size)
-        self._slots = self._own_tables[:, self._sequence, block] * self._size + self._offsets
-        # The reserve's blocks from the second on are the bases'.
-        in_stream = (base_blocks[self._sequence, block] - 1) * self._size + self._offsets
-        # int64 [rows of the sweep], where each row's token is in the bases' residual streams.
-        self._stream_slots = upload(in_stream, torch.int64, layers.device)
+        self._places = _Places.of(sequences, memory.reserve, layers.block_size)
+        self._in_stream = upload(self._places.in_stream, torch.int64, layers.device)
         # The residual stream of the sequences that have joined, in pieces.
         self._stream: list[dict[str, torch.Tensor]] = []
         self._last: tuple[tuple[int, int], _Part] | None = None
@@ -154,10 +178,11 @@ class Sweep:
     def run(self) -> torch.Tensor:
         """The output layer's input, [rows of the sweep, width]."""
         own, num_layers = self.sequences, self._layers.num_layers
-        shared = (own.first % self._size > 0) & (own.layer < num_layers - 1) & ~own.moves_base
+        size = self._layers.block_size
+        shared = (own.first % size > 0) & (own.layer < num_layers - 1) & ~own.moves_base
         if shared.any():
-            at = shared.nonzero()[0], own.first[shared] // self._size
-            source, target = (tables[:, *at] for tables in (self._base_tables, self._own_tables))
+            at = shared.nonzero()[0], own.first[shared] // size
+            source, target = (tables[:, *at] for tables in (self._places.base_tables, self._places.own_tables))
             self._layers.copy_blocks(source, target, own.layer[shared] + 1)
         bounds = {*np.maximum(own.layer, 0).tolist(), *(own.layer + 1).tolist(), num_layers}
         if own.moves_base.any():
@@ -204,34 +229,36 @@ class Sweep:
 
     def _part(self, start: int) -> _Part:
         """At layer `start`: sequences that begin there compute the changed tokens only, those that began before all their rows."""
-        own, device = self.sequences, self._layers.device
+        own, places, size, device = self.sequences, self._places, self._layers.block_size, self._layers.device
         num_whole, num_begun = np.searchsorted(own.layer, (start, start + 1)).tolist()
         if self._last is not None and self._last[0] == (num_whole, num_begun):
             return self._last[1]
-        joins = num_whole + np.argsort(self._spans[num_whole:num_begun], kind="stable")
-        order, lens = np.append(joins, np.arange(num_whole)), np.append(self._spans[joins], own.lens[:num_whole])
+        spans = (own.span_end - own.first)[num_whole:num_begun]
+        by_span = np.argsort(spans, kind="stable")
+        spans, joins = spans[by_span], num_whole + by_span
+        order, lens = np.append(joins, np.arange(num_whole)), np.append(spans, own.lens[:num_whole])
         first, end = (int(own.lens[:count].sum()) for count in (num_whole, num_begun))
-        rows = np.append(ranges(own.starts[joins], self._spans[joins]), np.arange(first))
-        num_joining = len(rows) - first
-        table, slots = self._own_tables.take(order, 1), self._slots.take(rows, 1)
+        rows = np.append(ranges(own.starts[joins], spans), np.arange(first))
+        num_joining, positions = len(rows) - first, places.positions[rows]
+        table, slots = places.own_tables.take(order, 1), places.slots.take(rows, 1)
         # Those that join read the base's K and V, and nobody reads theirs.
-        table[:, : len(joins)] = self._base_tables.take(joins, 1)
-        slots[:, :num_joining] = self._memory.reserve[:, WASTE_BLOCK, None] * self._size + self._offsets[rows[:num_joining]]
-        queries = Queries(lens, own.first[order] + lens, table, self._positions[rows], slots, self._scored[rows])
+        table[:, : len(joins)] = places.base_tables.take(joins, 1)
+        slots[:, :num_joining] = self._memory.reserve[:, WASTE_BLOCK, None] * size + positions[:num_joining] % size
+        queries = Queries(lens, own.first[order] + lens, table, positions, slots, places.scored[rows])
         # Every layer's row begins as aligned as the whole: Triton compiles one variant.
         padded = upload(np.pad(rows, (0, -len(rows) % 16)), torch.int64, device)
         routes, where = self._routes.gather(1, padded.expand(len(self._routes), -1)), padded[: len(rows)]
         moved = None
         if own.moves_base.any():
-            tokens = upload(np.flatnonzero(own.moves_base[self._sequence[rows]]), torch.int64, device)
-            moved = tokens, self._stream_slots.index_select(0, where.index_select(0, tokens))
+            tokens = upload(np.flatnonzero(own.moves_base[places.sequence[rows]]), torch.int64, device)
+            moved = tokens, self._in_stream.index_select(0, where.index_select(0, tokens))
         part = _Part(
             self._layers.batch(queries),
             upload(own.bases.token_ids[own.columns[rows]], torch.int32, device),
             routes,
             num_joining,
-            self._stream_slots.index_select(0, where[:num_joining]),
-            self._stream_slots[first:end],
+            self._in_stream.index_select(0, where[:num_joining]),
+            self._in_stream[first:end],
             where[:num_joining] - first,
             moved,
         )
