@@ -16,6 +16,7 @@ Nothing is timed before the sides agree on scores of a small model with equal we
 
     python benchmarks/search_speed.py                               # the tables' figures on CPU
     python benchmarks/search_speed.py --memory [--long]             # peak memory over the number of candidates, lab model
+    LD_PRELOAD=libtcmalloc_minimal.so.4 python benchmarks/search_speed.py --memory  # the same with another allocator
     python benchmarks/search_speed.py --profile                     # where the engine's time goes
     python benchmarks/search_speed.py --rate                        # the rate of matrix products alone; every round has it too
     python benchmarks/search_speed.py --device cuda --mode full --models olmoe
@@ -29,6 +30,7 @@ import ctypes
 import gc
 import itertools
 import math
+import os
 import random
 import re
 import statistics
@@ -528,7 +530,7 @@ def serve_memory(options: dict[str, Any]) -> Talk:
     backend = make_backend(launch(str(lab.model_path()), dtype="float32"))
     # Long enough to fill what is bounded: bases, remembered plans, allocator pools.
     stream(options["warm_up"])
-    command = yield "ready"
+    command = yield Path(os.environ.get("LD_PRELOAD") or "glibc").name.split(".")[0]
     while True:
         Path("/proc/self/clear_refs").write_text("5")
         watch = Watch()
@@ -802,13 +804,13 @@ def memory(run: Run, results: Results, long: bool) -> None:
     child = Child(
         __file__, "memory", {"name": "lab", "warm_up": 20 * counts[0]}, results.log, common.engine_environment(run, v2=False)
     )
-    child.read(run.left)
+    allocator = child.read(run.left)
     for count in counts:
         found = child.ask(run.left, count=count)
         peak, in_use = round(found["peak"], 1), round(found["in_use"], 1)
         rate = round(found["candidates"] / found["cpu_seconds"], 2)
         times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
-        about = {"kind": "memory", "threads": 1, "variant": "cells, lab model", "candidates": count}
+        about = {"kind": f"memory, {allocator}", "threads": 1, "variant": "cells, lab model", "candidates": count}
         results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak, in_use_mib=in_use)
         results.step("memory", candidates=count, peak_mib=peak, in_use_mib=in_use, candidates_per_s=rate)
     child.close()
@@ -895,13 +897,18 @@ def cpu_note(rows: Rows, timed: Rows, bounds: dict[Setting, float]) -> str:
             f" The bound is what torch's product of {MATRIX} x {MATRIX} matrices reaches, over the {operations() / 1e9:.2f} GFLOP "
             f"that differ between the candidates of a cell (`differing_operations` in benchmarks/shapes.py): {', '.join(each)}."
         )
-    flat = []
-    for row in rows:
-        if row["kind"] == "memory":
-            in_use = f" ({float(row['in_use_mib']):.0f})" if row.get("in_use_mib") else ""
-            flat.append(f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f}{in_use} MiB")
-    what = "Peak memory of a stream on the lab model (in brackets: what is left when the allocator gives back what is free)"
-    return note + (f" {what}: {', '.join(flat)}." if flat else "")
+    return note + "".join(memory_note(rows, kind) for kind in common.distinct(rows, "kind") if kind.startswith("memory"))
+
+
+def memory_note(rows: Rows, kind: str) -> str:
+    """Peak memory with one allocator."""
+    flat = (
+        f"{int(row['candidates']):,} candidates {float(row['peak_rss_mib']):.0f} ({float(row['in_use_mib']):.0f}) MiB"
+        for row in rows
+        if row["kind"] == kind
+    )
+    what = f"Peak {kind}, of a stream on the lab model (in brackets: what is left when glibc gives back what is free)"
+    return f" {what}: {', '.join(flat)}."
 
 
 def whole_runs(rows: Rows) -> str:
