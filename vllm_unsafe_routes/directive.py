@@ -61,35 +61,49 @@ class Directive:
         """
         if kind not in KINDS:
             raise RouteError(f"directive kind {kind!r} is not one of {', '.join(KINDS)}")
-        layer = _integer(layer, f"{where}: layer")
-        where = f"{where} ({kind} at layer {layer})"
-        if isinstance(positions, str):
-            if positions not in SPANS:
-                raise RouteError(f"{where}: positions {positions!r} is not a list or one of {', '.join(SPANS)}")
-        else:
-            positions = integers(positions, f"{where}: positions")
-            if not positions:
-                raise RouteError(f"{where}: positions is empty")
-            if len(set(positions)) != len(positions):
-                raise RouteError(f"{where}: a position is repeated in {list(positions)}")
-        experts = integers(experts, f"{where}: experts")
-        if not experts:
-            raise RouteError(f"{where}: experts is empty")
-        if len(set(experts)) != len(experts):
-            repeated = next(expert for expert in experts if experts.count(expert) > 1)
-            raise RouteError(f"{where}: expert {repeated} is repeated")
-        if kind == "bias":
-            weights = numbers(weights, len(experts), where, "values")
-        elif weights is not None:
-            if kind != "force":
-                raise RouteError(f"{where}: weights are for force only")
-            weights = numbers(weights, len(experts), where, "weights")
-        return cls(kind, layer, positions, experts, weights)
+        # The words of a message are put together only where one is needed: a replay has thousands of directives.
+        try:
+            layer = _integer(layer, "layer")
+        except RouteError as error:
+            raise RouteError(f"{where}: {error}") from None
+        try:
+            return cls(kind, layer, _checked_positions(positions), *_checked_experts(kind, experts, weights))
+        except RouteError as error:
+            raise RouteError(f"{where} ({kind} at layer {layer}): {error}") from None
+
+
+def _checked_positions(positions: Any) -> tuple[int, ...] | str:
+    if isinstance(positions, str):
+        if positions not in SPANS:
+            raise RouteError(f"positions {positions!r} is not a list or one of {', '.join(SPANS)}")
+        return positions
+    found = integers(positions, "positions")
+    if not found:
+        raise RouteError("positions is empty")
+    if len(set(found)) != len(found):
+        raise RouteError(f"a position is repeated in {list(found)}")
+    return found
+
+
+def _checked_experts(kind: Kind, experts: Any, weights: Any) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    found = integers(experts, "experts")
+    if not found:
+        raise RouteError("experts is empty")
+    if len(set(found)) != len(found):
+        repeated = next(expert for expert in found if found.count(expert) > 1)
+        raise RouteError(f"expert {repeated} is repeated")
+    if kind == "bias":
+        return found, numbers(weights, len(found), "values")
+    if weights is None:
+        return found, None
+    if kind != "force":
+        raise RouteError("weights are for force only")
+    return found, numbers(weights, len(found), "weights")
 
 
 def integers(values: Any, what: str) -> tuple[int, ...]:
     """A tuple of integers from 0 to 2^31 - 1. Raises `RouteError` naming the first that is none."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if type(values) not in (tuple, list) and (isinstance(values, str | bytes) or not isinstance(values, Iterable)):
         raise RouteError(f"{what} must be a list of integers, got {values!r}")
     found = tuple(values)
     for value in found:
@@ -107,14 +121,14 @@ def _integer(value: Any, what: str) -> int:
     return int(value)
 
 
-def numbers(values: Any, num_experts: int, where: str, name: str) -> tuple[float, ...]:
+def numbers(values: Any, num_experts: int, name: str) -> tuple[float, ...]:
     """A tuple of finite float32 values, one for each expert. Raises `RouteError` for anything else."""
     try:
         found = tuple(float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
-        raise RouteError(f"{where}: {name} must be a list of numbers, got {str(values)[:80]}") from None
+        raise RouteError(f"{name} must be a list of numbers, got {str(values)[:80]}") from None
     if len(found) != num_experts:
-        raise RouteError(f"{where}: {len(found)} {name} for {num_experts} experts")
+        raise RouteError(f"{len(found)} {name} for {num_experts} experts")
     if not all(abs(number) <= _MAX_FLOAT for number in found):
-        raise RouteError(f"{where}: {name} must be finite float32 numbers, got {list(found)}")
+        raise RouteError(f"{name} must be finite float32 numbers, got {list(found)}")
     return found

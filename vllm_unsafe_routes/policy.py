@@ -48,7 +48,7 @@ class LayerPolicy:
         if not isinstance(self.bias, Mapping):
             raise RouteError(f"policy: bias must be a mapping of expert -> value, got {self.bias!r}")
         experts = integers(self.bias, "policy: bias")
-        values = numbers(self.bias.values(), len(experts), "policy", "bias")
+        values = numbers(self.bias.values(), len(experts), "policy: bias")
         both = sorted(self.disabled & {*experts})
         if both:
             raise RouteError(f"policy: expert {both[0]} is both disabled and biased")
@@ -217,7 +217,7 @@ def _read_layer(entry: Any, known: set[str], where: str) -> LayerPolicy:
     biased, values = read_bias(entry.get("bias", {}), where)
     if len(set(biased)) != len(biased):
         raise RouteError(f"{where}: an expert is repeated in bias: {biased}")
-    bias = dict(zip(biased, numbers(values, len(biased), where, "bias"), strict=True))
+    bias = dict(zip(biased, numbers(values, len(biased), f"{where}: bias"), strict=True))
     return LayerPolicy(frozenset(disabled), frozenset(protected), bias)
 
 
