@@ -30,7 +30,6 @@ import ctypes
 import gc
 import itertools
 import math
-import os
 import random
 import re
 import statistics
@@ -499,6 +498,12 @@ def without_free_pages() -> float:
     return resident("VmRSS")
 
 
+def allocator() -> str:
+    """Whose `malloc` this process has."""
+    found = re.search(r"/lib(tcmalloc|jemalloc|mimalloc)", Path("/proc/self/maps").read_text())
+    return found[1] if found else "glibc"
+
+
 def serve_memory(options: dict[str, Any]) -> Talk:
     """Child: peak memory over a stream of ever more candidates as cells of the lab model; every call has another base plan."""
     from vllm_unsafe_routes import RoutePlan, lab
@@ -530,7 +535,7 @@ def serve_memory(options: dict[str, Any]) -> Talk:
     backend = make_backend(launch(str(lab.model_path()), dtype="float32"))
     # Long enough to fill what is bounded: bases, remembered plans, allocator pools.
     stream(options["warm_up"])
-    command = yield Path(os.environ.get("LD_PRELOAD") or "glibc").name.split(".")[0]
+    command = yield allocator()
     while True:
         Path("/proc/self/clear_refs").write_text("5")
         watch = Watch()
@@ -804,13 +809,13 @@ def memory(run: Run, results: Results, long: bool) -> None:
     child = Child(
         __file__, "memory", {"name": "lab", "warm_up": 20 * counts[0]}, results.log, common.engine_environment(run, v2=False)
     )
-    allocator = child.read(run.left)
+    whose = child.read(run.left)
     for count in counts:
         found = child.ask(run.left, count=count)
         peak, in_use = round(found["peak"], 1), round(found["in_use"], 1)
         rate = round(found["candidates"] / found["cpu_seconds"], 2)
         times = {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
-        about = {"kind": f"memory, {allocator}", "threads": 1, "variant": "cells, lab model", "candidates": count}
+        about = {"kind": f"memory, {whose}", "threads": 1, "variant": "cells, lab model", "candidates": count}
         results.row(**about, **times, candidates_per_s=rate, peak_rss_mib=peak, in_use_mib=in_use)
         results.step("memory", candidates=count, peak_mib=peak, in_use_mib=in_use, candidates_per_s=rate)
     child.close()
