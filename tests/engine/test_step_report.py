@@ -8,7 +8,16 @@ import torch
 
 from vllm_unsafe_routes.engine.capture import RouteCapture
 from vllm_unsafe_routes.engine.host_copies import HostCopy
-from vllm_unsafe_routes.engine.progress import PROGRESS_ATTRIBUTE, RoutesSet, StepProgress, StepReport
+from vllm_unsafe_routes.engine.progress import (
+    COUNTS_ATTRIBUTE,
+    PROGRESS_ATTRIBUTE,
+    RouteCounts,
+    RoutesSet,
+    StepProgress,
+    StepReport,
+)
+from vllm_unsafe_routes.engine.receipts import ReceiptBook
+from vllm_unsafe_routes.engine.scheduler import RouteAdmission
 from vllm_unsafe_routes.engine.step import Part, Resident, Step
 from vllm_unsafe_routes.engine.sums import DeviceSums
 from vllm_unsafe_routes.extras import RouteExtras
@@ -94,3 +103,19 @@ def test_a_copy_that_is_under_way_is_not_waited_for(often, monkeypatch):
         sums.grew("enforce", 5)
     counts = sums.due()
     assert (counts.tokens["enforce"], counts.displaced["enforce"]) == (3, [4])
+
+
+def test_counts_never_go_back():
+    """An output that waits while the workers are asked says less than they did: `/metrics` would count backwards."""
+
+    def counts(number, missed=(0, 0)):
+        return RouteCounts({"enforce": number, "observe": 0}, {"enforce": [number, 0], "observe": [0, 0]}, list(missed), [0, 0])
+
+    admission = RouteAdmission.__new__(RouteAdmission)
+    admission.counts, admission.receipts = None, ReceiptBook(None)
+    admission.absorb(types.SimpleNamespace())
+    assert admission.counts is None
+    admission.absorb(types.SimpleNamespace(**{COUNTS_ATTRIBUTE: counts(3)}))
+    admission.absorb_counts(counts(7, (1, 0)), counts(7, (0, 2)))  # two pipeline ranks are asked
+    admission.absorb(types.SimpleNamespace(**{COUNTS_ATTRIBUTE: counts(5)}))  # an output from before
+    assert admission.counts == counts(7, (1, 2))

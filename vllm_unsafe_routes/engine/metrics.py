@@ -221,15 +221,18 @@ class RouteMonitor:
             self._generation = status["generation"]
             self._guard.use(ActivePolicy.from_dict(status["active"]))
         if self._exporter is not None:
-            self._exporter.export_front_end(self._guard)
-            if llm.engine_core.client_index == 0:
-                self._exporter.export_engine(status)
-                await self._export_usage(llm)
+            try:
+                await self._export(self._exporter, llm.engine_core, status)
+            except Exception:  # whoever swapped a policy must hear that it is in force
+                logger.exception("Route metrics could not be exported")
         return status
 
-    async def _export_usage(self, llm: Any) -> None:
-        config, now = self._guard.config, time.monotonic()
-        if config is None or config.usage is None or self._exporter is None or now < self._usage_due:
+    async def _export(self, exporter: Exporter, client: Any, status: Mapping[str, Any]) -> None:
+        exporter.export_front_end(self._guard)
+        if client.client_index != 0:
             return
-        self._usage_due = now + USAGE_POLL_SECONDS
-        self._exporter.export_usage(await usage_of_all(llm.engine_core, POLL))
+        exporter.export_engine(status)
+        config, now = self._guard.config, time.monotonic()
+        if config is not None and config.usage is not None and now >= self._usage_due:
+            self._usage_due = now + USAGE_POLL_SECONDS
+            exporter.export_usage(await usage_of_all(client, POLL))

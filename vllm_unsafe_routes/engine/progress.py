@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +35,30 @@ class RouteCounts:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the front end."""
         return asdict(self)
+
+    @classmethod
+    def latest(cls, said: Iterable[RouteCounts | None]) -> RouteCounts | None:
+        """The largest of each number, None if nobody said any.
+
+        Args:
+            said: by one worker, in any order: counts only grow, and an output that waits while the worker is asked knows less
+                than the answer. Or by several: tensor-parallel ranks count alike, pipeline ranks layers of their own.
+
+        """
+        said = [item for item in said if item is not None]
+        if not said:
+            return None
+        first = said[0]
+        return cls(
+            {mode: max(item.tokens[mode] for item in said) for mode in first.tokens},
+            {mode: _largest(item.displaced[mode] for item in said) for mode in first.displaced},
+            _largest(item.missed for item in said),
+            _largest(item.num_nan for item in said),
+        )
+
+
+def _largest(said: Iterable[list[int]]) -> list[int]:
+    return [max(values) for values in zip(*said, strict=True)]
 
 
 class RoutesSet(NamedTuple):

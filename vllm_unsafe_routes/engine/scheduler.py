@@ -211,7 +211,11 @@ class RouteAdmission:
 
     def absorb(self, model_runner_output: Any) -> None:
         """Take what the worker says it set in this step."""
-        self.counts = getattr(model_runner_output, COUNTS_ATTRIBUTE, None) or self.counts
+        self.absorb_counts(getattr(model_runner_output, COUNTS_ATTRIBUTE, None))
         self.counts_are_stale = True
         self.receipts.absorb(getattr(model_runner_output, PROGRESS_ATTRIBUTE, None) or {})
         self.receipts.absorb_monitored(getattr(model_runner_output, MONITORED_ATTRIBUTE, None) or {})
+
+    def absorb_counts(self, *said: RouteCounts | None) -> None:
+        """Take what workers say they counted."""
+        self.counts = RouteCounts.latest((self.counts, *said))

@@ -20,7 +20,7 @@ core is asked for a claim before, so that all cores take the same policy (`data_
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,7 +33,6 @@ from ..policy import ActivePolicy, RoutePolicy
 from ..receipt import RECEIPT_KEY
 from .frontend import plan_guard
 from .log import logger_of
-from .progress import RouteCounts
 
 logger = logger_of(__name__)
 
@@ -189,7 +188,7 @@ def route_status(core: Any, admission: Any) -> dict[str, Any]:
     is_idle = not core.scheduler.has_unfinished_requests()
     has_ranks = core.vllm_config.parallel_config.pipeline_parallel_size > 1
     if admission.counts_are_stale and (is_idle or has_ranks):
-        admission.counts = _merged(core.model_executor.collective_rpc(WORKER_COUNTS_METHOD))
+        admission.absorb_counts(*core.model_executor.collective_rpc(WORKER_COUNTS_METHOD))
         admission.counts_are_stale = False
     return {
         "active": admission.active.to_dict(),
@@ -202,21 +201,6 @@ def route_status(core: Any, admission: Any) -> dict[str, Any]:
         "flagged_prompts": 0 if admission.receipts.scores is None else admission.receipts.scores.num_flagged,
         "counts": None if admission.counts is None else admission.counts.to_dict(),
     }
-
-
-def _merged(counts: list[RouteCounts]) -> RouteCounts:
-    """Of tensor-parallel ranks, which count alike, and pipeline ranks, which count layers of their own."""
-    first = counts[0]
-    return RouteCounts(
-        {mode: max(item.tokens[mode] for item in counts) for mode in first.tokens},
-        {mode: _largest(item.displaced[mode] for item in counts) for mode in first.displaced},
-        _largest(item.missed for item in counts),
-        _largest(item.num_nan for item in counts),
-    )
-
-
-def _largest(of_ranks: Iterable[list[int]]) -> list[int]:
-    return [max(values) for values in zip(*of_ranks, strict=True)]
 
 
 def deliver_refusal(core: Any, active: ActivePolicy, request: Any, message: str) -> None:
