@@ -118,6 +118,7 @@ def mask_topk_cpu(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     score_bias: torch.Tensor | None = None,
+    native_ids: torch.Tensor | None = None,
 ) -> None:
     """Gate all tokens under one mask and one bias, as `route_topk` does with one such row for all.
 
@@ -130,10 +131,13 @@ def mask_topk_cpu(
         topk_weights: float32 [num_tokens, top_k], written.
         topk_ids: int [num_tokens, top_k], written.
         score_bias: float32 [num_experts], added to the logits before scoring, or None.
+        native_ids: int [num_tokens, top_k] or None: gets what the gating picks without mask and bias.
 
     """
     assert not spec.grouped
     x = finite(router_logits.to(torch.float32))
+    if native_ids is not None:
+        native_ids.copy_(_choose(x, torch.zeros_like(banned), spec, correction_bias)[2])
     own, _, ids = _choose(x if score_bias is None else finite(x + score_bias), banned, spec, correction_bias)
     weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
     topk_weights.copy_(_scale(weights.gather(1, ids), spec))

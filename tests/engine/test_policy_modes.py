@@ -317,3 +317,22 @@ def test_the_two_modes_of_the_flags():
     with pytest.raises(RouteError, match=r"policy_mode 'observe' needs a policy \(--route-policy PATH\)"):
         RouteConfig.from_dict({"policy_mode": "observe"})
     assert json.loads(json.dumps(RouteConfig.from_dict({"policy": policy(BANNED)}).to_dict()))["policy_mode"] == "enforce"
+
+
+@pytest.mark.v1_only  # the other runner's tests have the route kernel, which rewrites what the model's gating said
+def test_the_own_gating_of_a_layer_rests_where_one_mask_routes_all_tokens(tiny_model, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    asked, own = [], CPURouter._compute_routing
+
+    def compute_routing(self, *args, **kwargs):
+        asked.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(CPURouter, "_compute_routing", compute_routing)
+    with engine(tiny_model("olmoe"), {"allow_overrides": True, "policy": policy(BANNED)}) as llm:
+        asked.clear()
+        generate(llm, prompts(2), [{}] * 2)
+        assert len(set(asked)) == 1  # layer 1, where the policy bans nothing
+        generate(llm, prompts(2), [RoutePlan().disable(1, "all", [3]).extra_args()] * 2)
+        assert len(set(asked)) == 3

@@ -66,7 +66,9 @@ def _score(
 ) -> list[tuple[np.ndarray, int]]:
     """Have the bound routers ask the sweeps instead of the controller meanwhile."""
     handle = next(handle for handle, one in controllers.items() if one is controller)
-    held, controller.state.active = controller.state.active, True
+    state = controller.state
+    held = state.active, state.masked
+    state.active, state.masked = True, ()
     if controller.shared is not None:
         controller.shared.stage(NO_STEP)
     controllers[handle] = scorer.runner
@@ -74,4 +76,4 @@ def _score(
         return scorer.score(reserve, generation, [Cells.from_wire(item) for item in items])
     finally:
         controllers[handle] = controller
-        controller.state.active = held
+        state.active, state.masked = held

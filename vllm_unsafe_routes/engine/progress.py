@@ -45,15 +45,14 @@ class RouteCounts:
                 than the answer. Or by several: tensor-parallel ranks count alike, pipeline ranks layers of their own.
 
         """
-        said = [item for item in said if item is not None]
-        if not said:
+        known = [item for item in said if item is not None]
+        if not known:
             return None
-        first = said[0]
         return cls(
-            {mode: max(item.tokens[mode] for item in said) for mode in first.tokens},
-            {mode: _largest(item.displaced[mode] for item in said) for mode in first.displaced},
-            _largest(item.missed for item in said),
-            _largest(item.num_nan for item in said),
+            {mode: max(item.tokens[mode] for item in known) for mode in known[0].tokens},
+            {mode: _largest(item.displaced[mode] for item in known) for mode in known[0].displaced},
+            _largest(item.missed for item in known),
+            _largest(item.num_nan for item in known),
         )
 
 

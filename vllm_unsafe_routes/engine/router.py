@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,16 +124,18 @@ def _custom(router: Any, spec: Callable[..., Gating]) -> Gating:
 
 @dataclass(slots=True)
 class RouterState:
-    """The two facts that a router reads on every call.
+    """What a router reads on every call.
 
     Attributes:
         active: some token of this step may have a row.
         always: calls are captured in graphs and must not be skipped.
+        masked: MoE slots that this step routes by one mask for all tokens: what the model's own gating says is not needed.
 
     """
 
     active: bool = False
     always: bool = False
+    masked: Collection[int] = ()
 
 
 class RouterHooks(NamedTuple):
@@ -272,7 +274,6 @@ class LayerBinding:
     def mask(self, routing: Routing, mask: LayerMask, native_weights: bool) -> None:
         """Route all tokens by one mask, on CPU. Only where `has_mask_path`."""
         assert self.gating.spec is not None
-        self._keep_native(routing)
         mask_topk_cpu(
             routing.router_logits,
             mask.banned,
@@ -282,6 +283,7 @@ class LayerBinding:
             routing.topk_weights,
             routing.topk_ids,
             mask.score_bias,
+            routing.native_ids,
         )
         routing.keep_routes()
 
@@ -413,14 +415,15 @@ def wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: R
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if jittered:
             router_logits = jittered_logits(router_logits, handle, slot)
-        if fused:
+        # Traced or captured code runs for all later steps, so it always asks; eager code can see that nobody is there.
+        traced = torch.compiler.is_compiling()
+        if fused or (not traced and slot in state.masked):
             shape = (router_logits.shape[0], top_k)
             topk_weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)
             topk_ids = torch.empty(shape, dtype=indices_type or torch.int32, device=router_logits.device)
         else:
             topk_weights, topk_ids = own(hidden_states, router_logits, indices_type, input_ids=input_ids)
-        # Traced or captured code runs for all later steps, so it always asks; eager code can see that nobody is there.
-        if torch.compiler.is_compiling():
+        if traced:
             torch.ops.unsafe_routes.direct_routes(topk_weights, topk_ids, router_logits, hidden_states, handle, slot)
         elif fused or state.always or state.active:
             controllers[handle].direct(slot, topk_weights, topk_ids, router_logits, hidden_states)
