@@ -5,9 +5,12 @@ Variants: stock (the plugin is not loaded), idle (overrides enabled, none used),
 and up to ten forced routes) and again (a second stock engine: what two engines of one kind differ by); on CPU also usage (expert
 usage is counted, by a label too) and all (policy, plans and usage at once); on a GPU also fused (idle, with the route kernel in the
 place of vLLM's gating) and eager (no plugin, but eager mode forced, as plugins that hook modules must). Each engine is a process of
-its own; all of a group stay up and take turns on the same requests, in an order that rotates from round to round. The figure is the
-ratio of a variant's throughput to stock's in the same round; on the CPU, where neighbours on the host only ever take time, also the
-ratio of the quickest turns of all rounds. "idle" and "plans" are requests to one engine.
+its own; all of a group stay up and take turns on the same requests, in an order that rotates from round to round. "idle" and
+"plans" are requests to one engine.
+
+On a GPU the figure is the ratio of a variant's throughput to stock's in the same round. On the CPU all engines are pinned to one
+core and timed in CPU seconds, which others' work lengthens only by what it evicts from caches: the quickest of a variant's turns
+counts. Two processes of one kind differ as well, so all engines start several times, and the figure is the median over the starts.
 
     python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
     python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
@@ -17,6 +20,7 @@ ratio of the quickest turns of all rounds. "idle" and "plans" are requests to on
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import statistics
@@ -80,7 +84,10 @@ STEP_TOKENS = 4096
 def serve(options: dict[str, Any]) -> Talk:
     """Child: an engine that runs a load when told to."""
     common.support_path()
+    clock = time.perf_counter
     if options["cpu"]:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        clock = time.process_time
         import engines  # noqa: F401 - the environment of CPU engines
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -126,9 +133,9 @@ def serve(options: dict[str, Any]) -> Talk:
         extras = [(plan(rng, length).extra_args() if planned else {}) | label for _ in prompts]
         asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
         params = [SamplingParams(**asked, extra_args=extra) for extra in extras]
-        start = time.perf_counter()
+        began = clock()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        seconds = clock() - began
         generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         assert generated == count * max_tokens, f"{generated} tokens generated"
         for output in outputs:
@@ -209,8 +216,8 @@ def start_engine(name: str, subject: Subject, run: Run, against: Path | None, lo
     return Child(__file__, "engine", about, log, env)
 
 
-def measure_group(group: list[str], subject: Subject, run: Run, results: Results, against: Path | None) -> None:
-    """Start the engines of a group, warm them up, and let them take turns.
+def measure_group(group: list[str], subject: Subject, run: Run, results: Results, against: Path | None, start: int) -> None:
+    """For the time that is number `start`, start the engines of a group, warm them up, and let them take turns.
 
     Raises:
         ChildFailed: an engine ended or was too slow; what was measured stays.
@@ -224,7 +231,7 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
                 children[name].read(run.left)
         for child in children.values() if run.on_gpu else ():
             child.read(run.left)
-        results.step("engines ready", model=subject.key, engines="; ".join(group))
+        results.step("engines ready", model=subject.key, engines="; ".join(group), start=start)
         engine_of = {**ENGINES, **{f"{variant}{AGAINST}": f"{engine}{AGAINST}" for variant, engine in ENGINES.items()}}
         variants = [variant for variant, engine in engine_of.items() if engine in group]
 
@@ -242,15 +249,16 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
         for at in common.rounds((1 if run.rehearse else run.rounds) * len(names), run.deadline):
             number, name = at // len(names), names[at % len(names)]
             found = {variant: ask(variant, loads[name], number + 1) for variant in common.rotated(taking_part[name], number)}
-            take_down(subject, run, results, name, number, {variant: found[variant] for variant in taking_part[name]})
+            take_down(subject, run, results, (name, start, number), {variant: found[variant] for variant in taking_part[name]})
     finally:
         for child in children.values():
             child.close()
 
 
-def take_down(subject: Subject, run: Run, results: Results, load: str, number: int, found: dict[str, Row]) -> None:
-    """One round of one load: a row for every variant."""
-    about: Row = {}
+def take_down(subject: Subject, run: Run, results: Results, turn: tuple[str, int, int], found: dict[str, Row]) -> None:
+    """One round of one load, (load, start, round): a row for every variant."""
+    load, start, number = turn
+    about: Row = {} if run.on_gpu else {"start": start}
     if run.device == "cuda":
         about = {"model": NAMES[subject.key], "layers": subject.config["num_hidden_layers"], "mode": run.shown_mode}
     ratios = {}
@@ -267,7 +275,7 @@ def take_down(subject: Subject, run: Run, results: Results, load: str, number: i
             new_tokens_per_s=round(result["generated"] / result["seconds"], 1),
             ratio_to_stock=ratios[variant],
         )
-    results.step("round", load=load, number=number, **ratios)
+    results.step("round", load=load, start=start, number=number, **ratios)
 
 
 def groups_of(engines: list[str], at_once: int) -> list[list[str]]:
@@ -286,28 +294,25 @@ def ratios_of(rows: Rows, load: str, variant: str) -> list[float]:
 
 
 def cpu_table(rows: Rows) -> str:
-    """Median ratios with the range over rounds, and the ratio of the quickest turns."""
+    """Ratios of quickest turns, median and range over starts."""
     loads = LOADS["cpu"]
-    lines = [
-        [name, *(cell for load in loads for cell in (common.spread(ratios_of(rows, load, key), 3, 2), quickest(rows, load, key)))]
-        for key, name in CPU_VARIANTS.items()
-    ]
-    header = [column for load in loads for column in (load, f"{load}, quickest turns")]
-    table = common.markdown(["against stock vLLM, same batch", *header], lines)
+    lines = [[name, *(common.spread(quickest(rows, load, key), 3, 3) for load in loads)] for key, name in CPU_VARIANTS.items()]
+    table = common.markdown(["against stock vLLM, same batch", *loads], lines)
     if not rows:
         return table
-    count = 1 + max(int(row["round"]) for row in rows)
-    return f"{table}\n\nThroughput ratio, median and range of up to {count} rounds; {common.where(rows)}"
+    starts, turns = len(common.distinct(rows, "start")), 1 + max(int(row["round"]) for row in rows)
+    note = f"Throughput ratio in CPU seconds of one core: stock's quickest of {turns} turns over the variant's; median and range of"
+    return f"{table}\n\n{note} {starts} starts of all engines. {common.where(rows)}"
 
 
-def quickest(rows: Rows, load: str, variant: str) -> str:
-    """Stock's quickest turn over the variant's in the same run: what other work takes from a turn is not in it."""
+def quickest(rows: Rows, load: str, variant: str) -> list[float]:
+    """Of each start, stock's quickest turn over the variant's."""
+
+    def seconds(of: str, start: Any) -> float:
+        return min(float(row["seconds"]) for row in rows if (row["load"], row["variant"], row["start"]) == (load, of, start))
+
     mine = [row for row in rows if (row["load"], row["variant"]) == (load, variant)]
-    run = [(row["date"], row["commit"], row["load"], "stock") for row in mine[-1:]]
-    stock = [row for row in rows if (row["date"], row["commit"], row["load"], row["variant"]) in run]
-    if not stock:
-        return NOT_MEASURED
-    return f"{min(float(row['seconds']) for row in stock) / min(float(row['seconds']) for row in mine):.3f}"
+    return [seconds("stock", start) / seconds(variant, start) for start in common.distinct(mine, "start")]
 
 
 def gpu_table(rows: Rows) -> str:
@@ -329,14 +334,14 @@ def gpu_table(rows: Rows) -> str:
 
 def trees_table(rows: Rows) -> str:
     """This tree's seconds over the other's in the same round: 1 is equal, more is slower."""
-    seconds = {(row["load"], row["variant"], row["round"]): float(row["seconds"]) for row in rows}
+    seconds = {(row["load"], row["variant"], row.get("start"), row["round"]): float(row["seconds"]) for row in rows}
     lines = []
     for load in common.distinct(rows, "load"):
         for variant in VARIANTS:
             pairs = [
-                (took, seconds[load, variant + AGAINST, number])
-                for (of_load, of_variant, number), took in seconds.items()
-                if (of_load, of_variant) == (load, variant) and (load, variant + AGAINST, number) in seconds
+                (took, seconds[load, variant + AGAINST, *turn])
+                for (of_load, of_variant, *turn), took in seconds.items()
+                if (of_load, of_variant) == (load, variant) and (load, variant + AGAINST, *turn) in seconds
             ]
             if pairs:
                 lines.append([load, VARIANTS[variant], common.spread([ours / theirs for ours, theirs in pairs], 3, 3)])
@@ -344,12 +349,13 @@ def trees_table(rows: Rows) -> str:
 
 
 def main() -> int:
-    options = common.parser(__doc__, rounds=9)
+    options = common.parser(__doc__, rounds=5)
     options.add_argument(
         "--engines",
         metavar="NAME,…",
         help="beside stock: routes (idle, plans), policy, bias, usage, all, fused, again, eager; default: all",
     )
+    options.add_argument("--starts", type=int, default=6, help="how often all engines start, on the CPU (default: 6)")
     options.add_argument("--against", type=Path, metavar="TREE", help="also measure the package of this other checkout")
     args = options.parse_args()
     run = common.run_of(args)
@@ -365,9 +371,10 @@ def main() -> int:
     for key in run.models:
         subject = subject_of(key, run)
         results.step("model begins", model=key, layers=subject.config["num_hidden_layers"], at_once=subject.at_once)
-        for group in groups_of(engines, subject.at_once):
+        starts = 1 if run.on_gpu or run.rehearse else args.starts
+        for start, group in itertools.product(range(starts), groups_of(engines, subject.at_once)):
             try:
-                measure_group(group, subject, run, results, against)
+                measure_group(group, subject, run, results, against, start)
             except ChildFailed as error:
                 results.step("group failed", model=key, group="; ".join(group), error=str(error))
                 failed.append(key)

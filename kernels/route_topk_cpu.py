@@ -24,8 +24,8 @@ from .spec import (
     RouteRows,
 )
 
-# The eight bits of every byte, lowest first: bool [256, 8].
-_BITS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).bool()
+# Up to so many, torch's stable sort takes less time than the operations around numpy's.
+_FEW_TOKENS = 32
 
 
 def route_topk_cpu(
@@ -38,75 +38,89 @@ def route_topk_cpu(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     only_directed: bool,
+    native_ids: torch.Tensor | None = None,
 ) -> None:
-    """Write routes; arguments as in `route_topk`."""
-    where: Any = slice(None)
-    if only_directed:
+    """Write routes; arguments as in `route_topk`, but for `native_ids`: gets what the gating picks without directives."""
+    where: Any = ...
+    all_directed = row_index is not None and int(row_index.numpy().min()) >= 0
+    if only_directed and not all_directed:
         if row_index is None:
             return
-        directed = row_index >= 0
-        if not bool(directed.all()):
-            where = directed.nonzero().squeeze(1)
-            if not len(where):
-                return
-            row_index = row_index[where]
-            router_logits = router_logits[where]
-            is_padding = None if is_padding is None else is_padding[where]
+        where = (row_index >= 0).nonzero().squeeze(1)
+        if not len(where):
+            return
+        row_index, all_directed = row_index[where], True
+        router_logits = router_logits[where]
+        is_padding = None if is_padding is None else is_padding[where]
+    x = finite(router_logits.to(torch.float32))
+    if native_ids is not None:
+        native_ids.copy_(_best(_native_choice(x, spec, correction_bias), spec.top_k))
     result = None
-    if row_index is not None and rows is not None and is_padding is None and not spec.grouped and int(row_index.min()) >= 0:
-        result = _route_all_directed(router_logits, row_index, rows, spec, correction_bias)
+    if all_directed and row_index is not None and rows is not None and is_padding is None and not spec.grouped:
+        result = _route_all_directed(x, row_index.numpy(), rows, spec, correction_bias)
     if result is None:
         result = route_topk_reference(router_logits, row_index, rows, spec, correction_bias=correction_bias, is_padding=is_padding)
-    topk_weights[where] = result[0]
-    topk_ids[where] = result[1].to(topk_ids.dtype)
+    if where is ...:
+        topk_weights.copy_(result[0])
+        topk_ids.copy_(result[1])
+    else:
+        topk_weights[where], topk_ids[where] = result[0], result[1].to(topk_ids.dtype)
 
 
 def _route_all_directed(
-    router_logits: torch.Tensor,
-    row_index: torch.Tensor,
+    x: torch.Tensor,
+    row: np.ndarray,
     rows: RouteRows,
     spec: GatingSpec,
     correction_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weights and int64 ids of tokens that all have a row; None where only the reference knows the answer."""
-    row = row_index.long()
-    if int(row.min()) == int(row.max()):
+    """Weights and int64 ids of tokens that all have a row, by finite logits; None where only the reference knows the answer."""
+    if row[0] == row[-1] and (row == row[0]).all():
         row = row[:1]  # one row for all: its mask broadcasts
-    flags = rows.flags[row]
-    asked = 0
-    for value in set(flags.tolist()) if len(row) <= 64 else flags.unique().tolist():
-        asked |= value
-    x = finite(router_logits.to(torch.float32))
-    # unpack_allowed in two operations; int32 words are little-endian on every CPU that the engine runs on.
-    allowed = _BITS[rows.allowed[row].view(torch.uint8).long()].flatten(1)[:, : spec.num_experts]
-    if asked & FLAG_FORCED:
-        # The words of a forced row may hold anything.
-        forced = (flags & FLAG_FORCED).bool().unsqueeze(1)
-        forced_ids = rows.forced_ids[row].long()
-        only_forced = torch.zeros_like(allowed).scatter_(1, torch.where(forced, forced_ids, 0), True)
-        allowed = torch.where(forced, only_forced, allowed)
-    banned = ~allowed
+    flags = rows.flags.numpy()[row]
+    asked = int(np.bitwise_or.reduce(flags))
+    may = _allowed(rows, row, flags, spec.num_experts)
+    allowed, banned = torch.from_numpy(may), torch.from_numpy(~may)
     biased, promoted, demoted = x, None, None
     if asked & (FLAG_SCORE_BIAS | FLAG_STEERED):
-        biased, promoted, demoted = soft_wishes(x, allowed, flags, row, rows)
-    own, choice, ids = _choose(biased, banned, spec, correction_bias)
+        biased, promoted, demoted = soft_wishes(x, allowed, torch.from_numpy(flags), torch.from_numpy(row).long(), rows)
+    own, choice = _choice(biased, banned, spec, correction_bias)
+    ids = _best(choice, spec.top_k)
     if asked & FLAG_STEERED and promoted is not None and demoted is not None:
         ids = _best_steered(choice, promoted, demoted, spec.top_k)
         steered = steer(biased, allowed, promoted, demoted)
         own = score(steered, allowed.expand_as(steered), spec.scoring)
-    if bool((choice.gather(1, ids[:, -1:]) == -torch.inf).any()):
+    if int(np.add.reduce(may, axis=1, dtype=np.int16).min()) < spec.top_k:
         return None
     if asked & FLAG_FORCED:
-        ids = torch.where(forced, forced_ids, ids)
+        forced = _having(flags, FLAG_FORCED)
+        ids.numpy()[forced] = rows.forced_ids.numpy()[row[forced]]
     weights = own.gather(1, ids)
     if asked & FLAG_NATIVE_WEIGHTS:
-        native = score(x, torch.ones_like(banned), spec.scoring).gather(1, ids)
-        weights = torch.where((flags & FLAG_NATIVE_WEIGHTS).bool().unsqueeze(1), native, weights)
+        native = score(x, torch.ones_like(allowed), spec.scoring).gather(1, ids)
+        weights = torch.where(torch.from_numpy(flags & FLAG_NATIVE_WEIGHTS).bool().unsqueeze(1), native, weights)
     weights = _scale(weights, spec)
     if asked & FLAG_EXPLICIT_WEIGHTS:
-        explicit = (flags & FLAG_EXPLICIT_WEIGHTS).bool().unsqueeze(1)
-        weights = torch.where(explicit, rows.forced_weights[row], weights)
+        explicit = _having(flags, FLAG_EXPLICIT_WEIGHTS)
+        weights.numpy()[explicit] = rows.forced_weights.numpy()[row[explicit]]
     return weights, ids
+
+
+def _having(flags: np.ndarray, flag: int) -> Any:
+    """The rows with this flag, as an index; all of them by a slice, which also stands for the tokens of a row that all share."""
+    has = (flags & flag) != 0
+    return slice(None) if has.all() else has.nonzero()[0]
+
+
+def _allowed(rows: RouteRows, row: np.ndarray, flags: np.ndarray, num_experts: int) -> np.ndarray:
+    """`unpack_allowed` of these rows, bool [len(row), num_experts]; of a forced one its own experts, whatever its words hold."""
+    words = rows.allowed.numpy()[row]  # little-endian on every CPU that the engine runs on
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, count=num_experts, bitorder="little").view(bool)
+    forced = ((flags & FLAG_FORCED) != 0).nonzero()[0]
+    if len(forced):
+        allowed[forced] = False
+        allowed[forced[:, None], rows.forced_ids.numpy()[row[forced]]] = True
+    return allowed
 
 
 def mask_topk_cpu(
@@ -137,25 +151,33 @@ def mask_topk_cpu(
     assert not spec.grouped
     x = finite(router_logits.to(torch.float32))
     if native_ids is not None:
-        native_ids.copy_(_choose(x, torch.zeros_like(banned), spec, correction_bias)[2])
-    own, _, ids = _choose(x if score_bias is None else finite(x + score_bias), banned, spec, correction_bias)
+        native_ids.copy_(_best(_native_choice(x, spec, correction_bias), spec.top_k))
+    own, choice = _choice(x if score_bias is None else finite(x + score_bias), banned, spec, correction_bias)
+    ids = _best(choice, spec.top_k)
     weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
     topk_weights.copy_(_scale(weights.gather(1, ids), spec))
     topk_ids.copy_(ids)
 
 
-def _choose(
+def _choice(
     x: torch.Tensor, banned: torch.Tensor, spec: GatingSpec, correction_bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores [num_tokens, num_experts], what is compared (-inf where banned), and int64 ids [num_tokens, top_k] of the best."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [num_tokens, num_experts], and what is compared, -inf where banned."""
     masked = x.masked_fill(banned, -torch.inf)
     # The other scorings are elementwise and do not look at which experts are among them.
     own = masked.softmax(-1) if spec.scoring == "softmax" else score(x, banned, spec.scoring)
-    choice = masked
-    if correction_bias is not None or spec.scoring != "softmax":
-        choice = own if correction_bias is None else own + correction_bias
-        choice = choice.masked_fill(banned, -torch.inf)
-    return own, choice, _best(choice, spec.top_k)
+    if correction_bias is None and spec.scoring == "softmax":
+        return own, masked
+    choice = own if correction_bias is None else own + correction_bias
+    return own, choice.masked_fill(banned, -torch.inf)
+
+
+def _native_choice(x: torch.Tensor, spec: GatingSpec, correction_bias: torch.Tensor | None) -> torch.Tensor:
+    """What is compared without a directive."""
+    if correction_bias is None and spec.scoring == "softmax":
+        return x
+    own = score(x, torch.ones_like(x, dtype=torch.bool), spec.scoring)
+    return own if correction_bias is None else own + correction_bias
 
 
 def _scale(weights: torch.Tensor, spec: GatingSpec) -> torch.Tensor:
@@ -177,8 +199,11 @@ def _best_steered(choice: torch.Tensor, promoted: torch.Tensor, demoted: torch.T
 def _best(choice: torch.Tensor, top_k: int) -> torch.Tensor:
     """Ids of the `top_k` largest of each row, float32, equal ones by smaller id; int64 [num_tokens, top_k].
 
-    numpy sorts distinct keys of a row, the inverted order-preserving bits of the score above the id: a fifth of torch.topk.s time.
+    For many tokens numpy sorts distinct keys of a row, the inverted order-preserving bits of the score above the id: a fifth of
+    torch.topk's time. For few the number of operations counts.
     """
+    if len(choice) <= _FEW_TOKENS:
+        return choice.sort(dim=-1, descending=True, stable=True)[1][:, :top_k]
     num_experts = choice.shape[1]
     shift = (num_experts - 1).bit_length()
     bits = (choice + 0.0).numpy().view(np.int32)  # adding 0 makes -0 equal 0

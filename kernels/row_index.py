@@ -15,6 +15,7 @@ The contract, as a plain double loop. Request `b` of the batch has tokens query_
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .route_topk import uses_triton
@@ -76,14 +77,15 @@ def fill_row_index_reference(
     arena: torch.Tensor,
     policy_rows: torch.Tensor,
 ) -> None:
-    """The same in vectorised torch; what CPU engines run."""
+    """The same in numpy; what CPU engines run."""
     num_tokens = int(query_start_loc[-1])
-    slot = idx_mapping.long().repeat_interleave(query_start_loc.diff().long())
-    position = positions[:num_tokens]
-    base, listed = slot_base[slot], slot_listed[slot].long()
-    default = torch.where(position < slot_prompt_len[slot], listed, listed + 1)
-    column = torch.where(position < listed, position, default)
-    layer = torch.arange(row_index.shape[0], device=row_index.device).unsqueeze(1)
-    cell = torch.where(base >= 0, base + layer * (listed + 2) + column, 0)
-    row_index[:, :num_tokens] = torch.where(base >= 0, arena[cell], policy_rows.unsqueeze(1))
-    row_index[:, num_tokens : positions.shape[0]] = NO_DIRECTIVE
+    slot = np.repeat(idx_mapping.numpy(), np.diff(query_start_loc.numpy()))
+    position = positions.numpy()[:num_tokens]
+    base, listed = slot_base.numpy()[slot], slot_listed.numpy()[slot].astype(np.int64)
+    default = listed + (position >= slot_prompt_len.numpy()[slot])
+    column = np.where(position < listed, position, default)
+    layer = np.arange(row_index.shape[0])[:, None]
+    cell = np.where(base >= 0, base + layer * (listed + 2) + column, 0)
+    rows = row_index.numpy()
+    rows[:, :num_tokens] = np.where(base >= 0, arena.numpy()[cell], policy_rows.numpy()[:, None])
+    rows[:, num_tokens : len(positions)] = NO_DIRECTIVE

@@ -116,10 +116,14 @@ class Arena:
     Args:
         capacity: number of entries.
 
+    Attributes:
+        num_placed: blocks that were placed so far: as long as it stands, a block that is here is what it was.
+
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.num_placed = 0
         self._places: dict[str, tuple[int, int]] = {}
 
     def place(self, req_id: str, size: int) -> tuple[int, list[tuple[str, int, int]]]:
@@ -131,6 +135,7 @@ class Arena:
 
         """
         moved: list[tuple[str, int, int]] = []
+        self.num_placed += 1
         base = self._first_gap(size)
         if base is None:
             end = 0

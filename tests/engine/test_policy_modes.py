@@ -320,7 +320,7 @@ def test_the_two_modes_of_the_flags():
 
 
 @pytest.mark.v1_only  # the other runner's tests have the route kernel, which rewrites what the model's gating said
-def test_the_own_gating_of_a_layer_rests_where_one_mask_routes_all_tokens(tiny_model, monkeypatch):
+def test_the_own_gating_of_a_layer_rests_where_all_tokens_are_directed(tiny_model, monkeypatch):
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
     asked, own = [], CPURouter._compute_routing
@@ -331,8 +331,12 @@ def test_the_own_gating_of_a_layer_rests_where_one_mask_routes_all_tokens(tiny_m
 
     monkeypatch.setattr(CPURouter, "_compute_routing", compute_routing)
     with engine(tiny_model("olmoe"), {"allow_overrides": True, "policy": policy(BANNED)}) as llm:
-        asked.clear()
-        generate(llm, prompts(2), [{}] * 2)
-        assert len(set(asked)) == 1  # layer 1, where the policy bans nothing
-        generate(llm, prompts(2), [RoutePlan().disable(1, "all", [3]).extra_args()] * 2)
-        assert len(set(asked)) == 3
+        for plan, layers in (
+            (RoutePlan(), 1),  # layer 1, where the policy bans nothing
+            (RoutePlan().disable(2, "all", [3]), 1),
+            (RoutePlan().disable(1, "all", [3]), 0),
+            (RoutePlan().disable(1, "prompt", [3]), 1),  # generated tokens
+        ):
+            asked.clear()
+            generate(llm, prompts(2), [plan.extra_args() if plan else {}] * 2)
+            assert len(set(asked)) == layers, plan

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 
+from .layer_views import LayerViews
 from .logits_capture import LogitsCapture
 from .progress import StepProgress, StepReport
 from .prompt_monitor import PromptMonitor
@@ -51,6 +52,7 @@ class RouteCapture:
         self._routes_on = False
         self._ids = torch.full(size, -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(size, dtype=torch.float32, device=device)
+        self._id_views, self._weight_views = LayerViews(self._ids), LayerViews(self._weights)
 
     def follow(self, scheduler_output: Any) -> None:
         """Follow the scheduler, where all requests are counted or monitored."""
@@ -75,7 +77,7 @@ class RouteCapture:
         """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
         if not (self._routes_on or self._always):
             return None, None
-        return self._ids[slot, :num_tokens], self._weights[slot, :num_tokens]
+        return self._id_views.at(slot, num_tokens), self._weight_views.at(slot, num_tokens)
 
     def keep_logits(self, slot: int, router_logits: torch.Tensor) -> None:
         """The layer's logits as the model's router computed them, [num_tokens, num_experts]."""

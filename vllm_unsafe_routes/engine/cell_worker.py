@@ -67,8 +67,8 @@ def _score(
     """Have the bound routers ask the sweeps instead of the controller meanwhile."""
     handle = next(handle for handle, one in controllers.items() if one is controller)
     state = controller.state
-    held = state.active, state.masked
-    state.active, state.masked = True, ()
+    held = state.active, state.covered
+    state.active, state.covered = True, ()
     if controller.shared is not None:
         controller.shared.stage(NO_STEP)
     controllers[handle] = scorer.runner
@@ -76,4 +76,4 @@ def _score(
         return scorer.score(reserve, generation, [Cells.from_wire(item) for item in items])
     finally:
         controllers[handle] = controller
-        state.active, state.masked = held
+        state.active, state.covered = held

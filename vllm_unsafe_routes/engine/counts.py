@@ -11,6 +11,7 @@ import torch
 
 from ..policy import POLICY_MODES, ActivePolicy
 from ..shape import ModelShape
+from .layer_views import LayerViews
 from .policy_rows import banned_experts
 from .row_index import RowIndex
 from .step import Step
@@ -42,6 +43,7 @@ class PolicyCounts:
         self._local_slots = local_slots
         self._always_kept = kept
         self._native_ids = torch.zeros((num_layers, capacity, shape.top_k), dtype=torch.int32, device=index.rows.device)
+        self._views = LayerViews(self._native_ids)
         self._kept: frozenset[int] = frozenset()
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._banned = torch.zeros(0)
@@ -63,7 +65,7 @@ class PolicyCounts:
 
     def apply(self, slot: int, num_tokens: int) -> torch.Tensor | None:
         """Where the picks of the model's own gating go: int32 [num_tokens, top_k], None where they are not needed."""
-        return self._native_ids[slot, :num_tokens] if slot in self._kept else None
+        return self._views.at(slot, num_tokens) if slot in self._kept else None
 
     def collect(self, step: Step) -> None:
         """Count what the policy bans among the step's picks; tokens that a plan forces are not counted."""

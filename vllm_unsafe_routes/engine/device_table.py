@@ -76,6 +76,11 @@ class DeviceTable:
     def __len__(self) -> int:
         return len(self._store)
 
+    @property
+    def num_placed(self) -> int:
+        """Requests that were given a block so far."""
+        return self._arena.num_placed
+
     def flush(self) -> None:
         """Bring everything that was written since to the device, before a forward pass reads it."""
         for mirrored in (*self._columns, self._cells, self._base, self._listed, self._prompt_len):

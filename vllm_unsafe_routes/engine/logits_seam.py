@@ -126,9 +126,13 @@ class LogitsBinding(LayerBinding):
             banned = ~unpack_allowed(rows.allowed[row], len(self._banned)) & directed
             biased = directed & ((rows.flags[row] & FLAG_SCORE_BIAS) != 0).unsqueeze(1)
             mask = LayerMask(banned, None if rows.score_bias is None else rows.score_bias[row].masked_fill(~biased, 0))
-        self.mask(routing, mask, False)
+        self.mask(routing, mask)
 
-    def mask(self, routing: Routing, mask: LayerMask, native_weights: bool) -> None:
+    def cover(self, routing: Routing, row_index: torch.Tensor, rows: RouteRows) -> None:
+        """No different here."""
+        self.direct(routing, row_index, rows)
+
+    def mask(self, routing: Routing, mask: LayerMask) -> None:
         """Bias and mask all tokens; both parts may differ by token."""
         self.leave(routing)
         logits = routing.router_logits

@@ -16,8 +16,9 @@ from ..policy import ActivePolicy
 from ..shape import ModelShape
 from .config import RouteConfig
 from .device_table import DeviceTable
-from .router import LayerBinding, LayerMask
+from .router import LayerBinding, LayerMask, RouterState
 from .row_index import RowIndex
+from .step_masks import step_masks
 
 
 class PolicyRows:
@@ -33,8 +34,8 @@ class PolicyRows:
     Attributes:
         compiler: compiles plans under the policy.
         row_of: int32 [MoE layers], the policy's row of each layer, -1 for none.
+        maskable: MoE slots whose gating is done here on the CPU as soon as it is directed for all tokens.
         masks: MoE slot -> what it bans and biases there, where a CPU step without plans is routed by the policy alone.
-        native_weights: whether the policy keeps the weights of the router's own scores.
 
     """
 
@@ -54,8 +55,9 @@ class PolicyRows:
         self._contents: list[bytes] = []
         self.compiler: PlanCompiler
         self.row_of = np.full(len(shape.moe_layers), NO_ROW, np.int32)
+        on_cpu = not uses_triton(index.rows.device)
+        self.maskable = frozenset(slot for slot, binding in bindings.items() if on_cpu and binding.has_mask_path)
         self.masks: dict[int, LayerMask] = {}
-        self.native_weights = False
 
     def __bool__(self) -> bool:
         """Whether the policy changes any route."""
@@ -63,10 +65,10 @@ class PolicyRows:
 
     def refusal(self, active: ActivePolicy) -> str | None:
         """Why a policy cannot be kept at a layer of this worker; None: it can."""
-        native = active.policy is not None and active.policy.weights == "native"
         for slot, binding in self._bindings.items():
             mask = layer_mask(self._shape, active, slot)
-            reason = binding.refusal(mask.banned[0], native) if active.at(self._shape.moe_layers[slot]).routes else None
+            routes = active.at(self._shape.moe_layers[slot]).routes
+            reason = binding.refusal(mask.banned[0], mask.native_weights) if routes else None
             if reason is not None:
                 return f"policy layer {self._shape.moe_layers[slot]}: {reason}"
         return None
@@ -85,15 +87,19 @@ class PolicyRows:
             if content is not None:
                 self.row_of[slot] = self._table.acquire([content])[0]
         self._index.start_policy(self.row_of)
-        self.native_weights = active.policy is not None and active.policy.weights == "native"
         enforced = ActivePolicy(active.enforced)
         for slot, binding in self._bindings.items():
             binding.use_policy(layer_mask(self._shape, enforced, slot))
-        self.masks = {
-            slot: layer_mask(self._shape, active, slot)
-            for slot, binding in self._bindings.items()
-            if self.row_of[slot] != NO_ROW and binding.has_mask_path and not uses_triton(self._index.rows.device)
-        }
+        self.masks = {slot: layer_mask(self._shape, active, slot) for slot in self.maskable if self.row_of[slot] != NO_ROW}
+
+    def cover(self, state: RouterState, num_tokens: int) -> None:
+        """Say to the bound routers at which layers every token of the coming forward pass is directed, and by which masks."""
+        index = self._index
+        state.covered = index.covered & self.maskable
+        if index.is_idle:
+            state.masks = self.masks
+        elif not index.lasts:
+            state.masks = step_masks(index.rows, num_tokens, state.covered, self._table.rows, self._shape)
 
 
 def banned_experts(shape: ModelShape, active: ActivePolicy, slots: Sequence[int]) -> torch.Tensor:
@@ -110,4 +116,5 @@ def layer_mask(shape: ModelShape, active: ActivePolicy, slot: int) -> LayerMask:
     if entry:
         bias = torch.zeros(shape.num_experts)
         bias[list(entry)] = torch.tensor(list(entry.values()))
-    return LayerMask(banned_experts(shape, active, [slot]), bias)
+    native_weights = active.policy is not None and active.policy.weights == "native"
+    return LayerMask(banned_experts(shape, active, [slot]), bias, native_weights)

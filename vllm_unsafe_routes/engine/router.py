@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import Grou
 
 from vllm_unsafe_routes.kernels.reference import finite, soft_wishes, steer
 from vllm_unsafe_routes.kernels.route_topk import route_topk
-from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu
+from vllm_unsafe_routes.kernels.route_topk_cpu import mask_topk_cpu, route_topk_cpu
 from vllm_unsafe_routes.kernels.spec import FLAG_EXPLICIT_WEIGHTS, GatingSpec, RouteRows, RouteWatch, unpack_allowed
 
 from ..errors import RouteError
@@ -129,13 +129,15 @@ class RouterState:
     Attributes:
         active: some token of this step may have a row.
         always: calls are captured in graphs and must not be skipped.
-        masked: MoE slots that this step routes by one mask for all tokens: what the model's own gating says is not needed.
+        covered: MoE slots at which every token of this step is directed: what the model's own gating says is not needed.
+        masks: what these ask, where that is masks and a bias for all.
 
     """
 
     active: bool = False
     always: bool = False
-    masked: Collection[int] = ()
+    covered: Collection[int] = ()
+    masks: Mapping[int, LayerMask] = field(default_factory=dict)
 
 
 class RouterHooks(NamedTuple):
@@ -203,16 +205,18 @@ class Routing(NamedTuple):
 
 
 class LayerMask(NamedTuple):
-    """What a policy asks of all tokens at one layer.
+    """What all tokens of a step are asked at one layer.
 
     Attributes:
-        banned: bool [1, num_experts].
+        banned: bool [1, num_experts], or a row for each token.
         score_bias: float32 [num_experts], added to the logits; None: nothing is.
+        native_weights: the weights are those of the router's own scores.
 
     """
 
     banned: torch.Tensor
     score_bias: torch.Tensor | None = None
+    native_weights: bool = False
 
 
 class LayerBinding:
@@ -253,8 +257,8 @@ class LayerBinding:
             routing.leave_mark()
             routing.keep_routes()
             return
-        if self.fused:
-            self._keep_native(routing)
+        if self.fused and routing.native_ids is not None:
+            self._select_undirected(routing.router_logits, routing.native_ids)
         route_topk(
             routing.router_logits,
             row_index,
@@ -271,15 +275,32 @@ class LayerBinding:
             watch=routing.watch,
         )
 
-    def mask(self, routing: Routing, mask: LayerMask, native_weights: bool) -> None:
-        """Route all tokens by one mask, on CPU. Only where `has_mask_path`."""
+    def cover(self, routing: Routing, row_index: torch.Tensor, rows: RouteRows) -> None:
+        """As `direct` where all tokens have a row, on CPU, where the model's own gating need not have run; see `has_mask_path`."""
+        assert self.gating.spec is not None
+        route_topk_cpu(
+            routing.router_logits,
+            row_index,
+            rows,
+            self.gating.spec,
+            self.correction_bias,
+            None,
+            routing.topk_weights,
+            routing.topk_ids,
+            False,
+            routing.native_ids,
+        )
+        routing.keep_routes()
+
+    def mask(self, routing: Routing, mask: LayerMask) -> None:
+        """As `cover`, by a mask."""
         assert self.gating.spec is not None
         mask_topk_cpu(
             routing.router_logits,
             mask.banned,
             self.gating.spec,
             self.correction_bias,
-            native_weights,
+            mask.native_weights,
             routing.topk_weights,
             routing.topk_ids,
             mask.score_bias,
@@ -302,15 +323,8 @@ class LayerBinding:
 
     @property
     def has_mask_path(self) -> bool:
-        """Whether `mask` knows this gating."""
+        """Whether `cover` and `mask` know this gating."""
         return self.gating.spec is not None and not self.gating.spec.grouped
-
-    def _keep_native(self, routing: Routing) -> None:
-        """Keep what the model's own gating picks; with fused gating it has not run, and a launch of its own says it."""
-        if not self.fused:
-            routing.keep_native()
-        elif routing.native_ids is not None:
-            self._select_undirected(routing.router_logits, routing.native_ids)
 
     def _select_undirected(self, router_logits: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Write what the model's gating picks without any directive; `topk_ids` is int32 [num_tokens, top_k]."""
@@ -417,7 +431,7 @@ def wrap_compute_routing(router: Any, binding: LayerBinding, slot: int, hooks: R
             router_logits = jittered_logits(router_logits, handle, slot)
         # Traced or captured code runs for all later steps, so it always asks; eager code can see that nobody is there.
         traced = torch.compiler.is_compiling()
-        if fused or (not traced and slot in state.masked):
+        if fused or (not traced and slot in state.covered):
             shape = (router_logits.shape[0], top_k)
             topk_weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)
             topk_ids = torch.empty(shape, dtype=indices_type or torch.int32, device=router_logits.device)

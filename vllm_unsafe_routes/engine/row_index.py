@@ -5,6 +5,8 @@ Nothing is launched for steps without plans: a policy alone is written once, for
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -14,6 +16,7 @@ from vllm_unsafe_routes.kernels.spec import FLAG_FORCED
 
 from ..compiled import NO_ROW
 from .device_table import DeviceTable, upload
+from .layer_views import LayerViews
 from .step import NO_PLAN_SLOT, Step
 
 
@@ -27,8 +30,12 @@ class RowIndex:
 
     Attributes:
         rows: int32 [MoE layers, capacity].
+        views: of `rows`, by layer.
         policy_rows: int32 [MoE layers], on the device: the policy's row of each layer, -1 for none.
         is_idle: every token of the step has the policy's rows.
+        lasts: the step has the rows of the step before it.
+        covered: MoE slots at which every token of the step is known to have a row.
+        bare: MoE slots at which none is. On a GPU nothing is known, and under Triton's interpreter only of steps without plans.
 
     """
 
@@ -36,8 +43,12 @@ class RowIndex:
         self._table = table
         self._device = table.cells.device
         self.rows = torch.full((num_layers, capacity), NO_ROW, dtype=torch.int32, device=self._device)
+        self.views = LayerViews(self.rows)
         self.policy_rows = torch.full((num_layers,), NO_ROW, dtype=torch.int32, device=self._device)
-        self.is_idle = False
+        self.is_idle = self.lasts = False
+        self._last: tuple[Any, ...] | None = None
+        self.covered: frozenset[int] = frozenset()
+        self.bare: frozenset[int] = frozenset()
         if uses_triton(self._device):
             # One request of no tokens: the kernel is compiled at load, not under the first planned request.
             start_loc = torch.zeros(2, dtype=torch.int32, device=self._device)
@@ -60,7 +71,7 @@ class RowIndex:
     def start_policy(self, row_of: np.ndarray) -> None:
         """Take the rows of another policy, int32 [MoE layers]; the next step has them."""
         self.policy_rows.copy_(torch.from_numpy(row_of))
-        self.is_idle = False
+        self.is_idle, self._last = False, None
 
     def stage(self, step: Step) -> None:
         """Write the row of every token of the coming forward pass; padded tokens of a step with plans get -1."""
@@ -69,11 +80,38 @@ class RowIndex:
         if slot_of:
             assert step.query_start_loc is not None and step.positions is not None
             slots = np.fromiter((slot_of.get(req_id, NO_PLAN_SLOT) for req_id in step.req_ids), np.int32, len(step.req_ids))
-            self._fill(slots, step.query_start_loc[: len(slots) + 1], step.positions)
-            self.is_idle = False
+            start_loc, last = step.query_start_loc[: len(slots) + 1], self._last
+            self._last = self._lasting(slots, start_loc, step.positions)
+            self.lasts = last is not None and last == self._last
+            if not self.lasts:
+                self._fill(slots, start_loc, step.positions)
+                self.is_idle = False
+                self._look(step.num_tokens)
         elif not self.is_idle:
             self.rows.copy_(self.policy_rows[:, None].expand_as(self.rows))
-            self.is_idle = True
+            self.is_idle, self._last = True, None
+            self._look(1)
+
+    def _lasting(self, slots: np.ndarray, query_start_loc: torch.Tensor, positions: torch.Tensor) -> tuple[Any, ...] | None:
+        """What the rows follow from, where every token lies behind its prompt and the columns of its plan: steps that only decode.
+
+        None: they follow from the positions as well, or only a GPU knows those.
+        """
+        if self._device.type != "cpu":
+            return None
+        table, start_loc = self._table, query_start_loc.numpy()
+        behind = np.maximum(table.slot_listed.numpy()[slots], table.slot_prompt_len.numpy()[slots])
+        if (positions.numpy()[start_loc[:-1]] < behind).any():
+            return None
+        return table.num_placed, len(positions), slots.tobytes(), start_loc.tobytes()
+
+    def _look(self, num_tokens: int) -> None:
+        """See which slots are covered and which bare, by the first tokens."""
+        self.covered = self.bare = frozenset()
+        if self._device.type == "cpu" and (self.is_idle or not uses_triton(self._device)):
+            has_row = self.rows[:, :num_tokens].numpy() != NO_ROW
+            self.covered = frozenset(has_row.all(1).nonzero()[0].tolist())
+            self.bare = frozenset((~has_row.any(1)).nonzero()[0].tolist())
 
     def is_forced(self, rows: torch.Tensor) -> torch.Tensor:
         """bool, the shape of `rows`: tokens whose experts a plan forces, by their entries of the row index."""

@@ -56,7 +56,7 @@ class Watch:
         """The router of MoE layer `slot` is called; returns what the route kernel notes, None where that is done here."""
         if self._in_kernel:
             return RouteWatch(self._step.tensor, self._marks[slot : slot + 1], self.sums.num_nan[slot : slot + 1])
-        self._marks[slot] = self._number
+        self._marks.numpy()[slot] = self._number
         if math.isnan(float(router_logits.sum())):  # so is the sum of opposite infinities
             self.sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()
         return None

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compiled import NO_ROW
 from ..errors import RouteError
 from ..extras import RouteExtras
 from ..policy import ActivePolicy
@@ -112,7 +111,7 @@ class RouteController:
         self.policy.start(active)
         self._counts.start(active)
         self._index.stage(NO_STEP)
-        self._open(capturing=False)
+        self._start_routers(capturing=False)
 
     def replace_policy(self, active: ActivePolicy, planned: Collection[str]) -> None:
         """Go on under another policy; no step is on its way, and all requests will be computed again from their first token.
@@ -173,15 +172,13 @@ class RouteController:
             capturing = self.capture.is_on
         if self.shared is not None:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
-        self._open(capturing)
+        self._start_routers(capturing)
         if self.state.active:
             self.watch.stage(step)
 
-    def _open(self, capturing: bool) -> None:
-        """Say to the bound routers what the coming forward pass needs of them."""
-        is_idle = self._index.is_idle
-        self.state.active = not is_idle or bool(self.policy) or self._counts.is_on or capturing
-        self.state.masked = self.policy.masks if is_idle else ()
+    def _start_routers(self, capturing: bool) -> None:
+        self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
+        self.policy.cover(self.state, self.step.num_tokens)
 
     def jitter(self, slot: int, router_logits: torch.Tensor) -> torch.Tensor:
         """The logits of MoE layer `slot` with this step's noise; called by its bound router."""
@@ -207,15 +204,16 @@ class RouteController:
             self.capture.keep_logits(slot, router_logits)
         watch = self.watch.apply(slot, router_logits)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
-        binding, policy = self.bindings[slot], self.policy
-        if slot in self.state.masked:
-            binding.mask(routing, policy.masks[slot], policy.native_weights)
-        elif binding.fused or self.state.always or not self._index.is_idle or policy.row_of[slot] != NO_ROW:
-            some_rows = None if self.shared is None else self.shared.row_index
-            row_index = self._index.rows[slot, :num_tokens] if some_rows is None else some_rows
-            binding.direct(routing, row_index, self._table.rows)
-        else:
+        binding, index, covered = self.bindings[slot], self._index, slot in self.state.covered
+        mask = self.state.masks.get(slot) if covered else None
+        some_rows = None if self.shared is None else self.shared.row_index
+        if mask is not None and some_rows is None:
+            binding.mask(routing, mask)
+        elif slot in index.bare and not binding.fused:
             binding.leave(routing)
+        else:
+            row_index = index.views.at(slot, num_tokens) if some_rows is None else some_rows
+            (binding.cover if covered else binding.direct)(routing, row_index, self._table.rows)
 
     def end_forward(self, model: Any, hidden_states: torch.Tensor | None) -> None:
         """Collect what the forward pass left, for `report`.
