@@ -10,7 +10,9 @@ its own; all of a group stay up and take turns on the same requests, in an order
 
 On a GPU the figure is the ratio of a variant's throughput to stock's in the same round. On the CPU all engines are pinned to one
 core and timed in CPU seconds, which others' work lengthens only by what it evicts from caches: the quickest of a variant's turns
-counts. Two processes of one kind differ as well, so all engines start several times, and the figure is the median over the starts.
+counts. Two processes of one kind differ as well, so all engines start several times, each time in another order, and the figure is
+the median over the starts. What differs between processes is left out of a second ratio: to the same engine, on the same requests
+without plans and labels, with route control's work in a forward pass replaced by nothing.
 
     python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
     python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
@@ -20,15 +22,19 @@ counts. Two processes of one kind differ as well, so all engines start several t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import os
 import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 from common import NOT_MEASURED, Child, ChildFailed, Results, Row, Rows, Run, Talk
@@ -36,7 +42,7 @@ from shapes import BYTES, NAMES, config_of, enliven, make_model, sizes_of, weigh
 
 Load = tuple[int, int, int]  # requests, prompt tokens, generated tokens
 LOADS: dict[str, dict[str, Load]] = {
-    "cpu": {"prefill-heavy": (32, 128, 1), "decode-heavy": (16, 16, 48)},
+    "cpu": {"prefill-heavy": (16, 128, 1), "decode-heavy": (16, 16, 24)},
     # 5 and 33 requests are padded to a captured size of 8 and 64.
     "cuda": {
         "decode, 32 requests": (32, 32, 128),
@@ -76,6 +82,8 @@ ENGINES = {
     "all": "all",
 }
 AGAINST = ", other tree"
+# Engines without anything of ours.
+BARE = ("stock", "again", "eager")
 # Beside weights and KV: CUDA context, activations, graphs.
 OVERHEAD = int(2.5 * common.GIB)
 STEP_TOKENS = 4096
@@ -126,16 +134,18 @@ def serve(options: dict[str, Any]) -> Talk:
 
     command = yield "ready"
     while True:
-        (count, length, max_tokens), planned = command["load"], command["variant"] in ("plans", "all")
+        (count, length, max_tokens), is_idle = command["load"], command.get("idle", False)
+        planned = command["variant"] in ("plans", "all") and not is_idle
         rng = random.Random(command["seed"])
         last = config["vocab_size"] - 8
         prompts = [TokensPrompt(prompt_token_ids=[rng.randrange(3, last) for _ in range(length)]) for _ in range(count)]
-        extras = [(plan(rng, length).extra_args() if planned else {}) | label for _ in prompts]
+        extras = [(plan(rng, length).extra_args() if planned else {}) | (label if not is_idle else {}) for _ in prompts]
         asked: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
         params = [SamplingParams(**asked, extra_args=extra) for extra in extras]
-        began = clock()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = clock() - began
+        with idle_hooks() if is_idle else contextlib.nullcontext():
+            began = clock()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = clock() - began
         generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         assert generated == count * max_tokens, f"{generated} tokens generated"
         for output in outputs:
@@ -143,6 +153,30 @@ def serve(options: dict[str, Any]) -> Talk:
             assert (receipt.get("plan") is not None) == planned, "a plan was not set, or one was"
             assert (receipt.get("policy") is not None) == has_policy, "a policy was not in force, or one was"
         command = yield {"seconds": seconds, "tokens": count * (length + max_tokens), "generated": generated}
+
+
+@contextlib.contextmanager
+def idle_hooks() -> Iterator[None]:
+    """Route control does nothing in forward passes of this process; steps of requests with plans must not come."""
+    from vllm_unsafe_routes.engine.router import controllers
+    from vllm_unsafe_routes.engine.worker import RouteController
+
+    def nothing(controller: Any, *_: Any) -> None:
+        return
+
+    def same(controller: Any, output: Any) -> Any:
+        return output
+
+    (controller,) = controllers.values()
+    state = controller.state
+    held = state.active, state.covered
+    state.active, state.covered = False, ()
+    with contextlib.ExitStack() as stack:
+        for name in ("update", "begin_forward", "direct", "end_forward"):
+            stack.enter_context(mock.patch.object(RouteController, name, nothing))
+        stack.enter_context(mock.patch.object(RouteController, "report", same))
+        yield
+    state.active, state.covered = held
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +242,7 @@ def start_engine(name: str, subject: Subject, run: Run, against: Path | None, lo
     if subject.config["model_type"] == "deepseek_v2":
         settings |= common.latent_settings(run)
     env = common.engine_environment(run, v2=False)
-    if name in ("stock", "again", "eager"):
+    if name in BARE:
         env["VLLM_PLUGINS"] = ""
     if name.endswith(AGAINST):
         env["PYTHONPATH"] = os.pathsep.join([str(against), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -225,7 +259,7 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
     """
     children: dict[str, Child] = {}
     try:
-        for name in group:
+        for name in common.rotated(group, start):
             children[name] = start_engine(name, subject, run, against, results.log)
             if not run.on_gpu:  # few cores: one after another
                 children[name].read(run.left)
@@ -236,7 +270,10 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
         variants = [variant for variant, engine in engine_of.items() if engine in group]
 
         def ask(variant: str, load: Load, seed: int) -> Row:
-            answer: Row = children[engine_of[variant]].ask(run.left, variant=variant.removesuffix(AGAINST), load=load, seed=seed)
+            child, request = children[engine_of[variant]], {"variant": variant.removesuffix(AGAINST), "load": load, "seed": seed}
+            answer: Row = child.ask(run.left, **request)
+            if not run.on_gpu and engine_of[variant] not in BARE:
+                answer["idle_seconds"] = child.ask(run.left, **request, idle=True)["seconds"]
             return answer
 
         loads = loads_of(run)
@@ -273,6 +310,7 @@ def take_down(subject: Subject, run: Run, results: Results, turn: tuple[str, int
             seconds=round(result["seconds"], 5),
             tokens_per_s=round(result["tokens"] / result["seconds"], 1),
             new_tokens_per_s=round(result["generated"] / result["seconds"], 1),
+            **({"idle_seconds": round(result["idle_seconds"], 5)} if "idle_seconds" in result else {}),
             ratio_to_stock=ratios[variant],
         )
     results.step("round", load=load, start=start, number=number, **ratios)
@@ -296,23 +334,31 @@ def ratios_of(rows: Rows, load: str, variant: str) -> list[float]:
 def cpu_table(rows: Rows) -> str:
     """Ratios of quickest turns, median and range over starts."""
     loads = LOADS["cpu"]
-    lines = [[name, *(common.spread(quickest(rows, load, key), 3, 3) for load in loads)] for key, name in CPU_VARIANTS.items()]
-    table = common.markdown(["against stock vLLM, same batch", *loads], lines)
+    kinds = {"against stock": "stock", "against itself, idle": None}
+
+    def cell(load: str, variant: str, other: str | None) -> str:
+        return "-" if other is None and variant in BARE else common.spread(quickest(rows, load, variant, other), 3, 3)
+
+    lines = [[name, *(cell(load, key, other) for load in loads for other in kinds.values())] for key, name in CPU_VARIANTS.items()]
+    table = common.markdown(["same batch", *(f"{load}, {kind}" for load in loads for kind in kinds)], lines)
     if not rows:
         return table
     starts, turns = len(common.distinct(rows, "start")), 1 + max(int(row["round"]) for row in rows)
-    note = f"Throughput ratio in CPU seconds of one core: stock's quickest of {turns} turns over the variant's; median and range of"
+    note = f"Throughput ratio in CPU seconds of one core, of the quickest of {turns} turns each; median and range of"
     return f"{table}\n\n{note} {starts} starts of all engines. {common.where(rows)}"
 
 
-def quickest(rows: Rows, load: str, variant: str) -> list[float]:
-    """Of each start, stock's quickest turn over the variant's."""
+def quickest(rows: Rows, load: str, variant: str, other: str | None) -> list[float]:
+    """Of each start, the other variant's quickest turn over this one's; None: over its own with idle hooks."""
 
-    def seconds(of: str, start: Any) -> float:
-        return min(float(row["seconds"]) for row in rows if (row["load"], row["variant"], row["start"]) == (load, of, start))
+    def least(of: str, start: Any, column: str) -> float:
+        mine = [row for row in rows if (row["load"], row["variant"], row["start"]) == (load, of, start)]
+        return min((float(row[column]) for row in mine if row.get(column)), default=math.nan)
 
-    mine = [row for row in rows if (row["load"], row["variant"]) == (load, variant)]
-    return [seconds("stock", start) / seconds(variant, start) for start in common.distinct(mine, "start")]
+    starts = common.distinct([row for row in rows if (row["load"], row["variant"]) == (load, variant)], "start")
+    column = "idle_seconds" if other is None else "seconds"
+    ratios = [least(other or variant, start, column) / least(variant, start, "seconds") for start in starts]
+    return [ratio for ratio in ratios if not math.isnan(ratio)]
 
 
 def gpu_table(rows: Rows) -> str:
