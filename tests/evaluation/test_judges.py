@@ -260,7 +260,15 @@ def in_pause(server) -> None:
     time.sleep(0.3)
 
 
-def test_an_interrupt_does_not_wait_for_retries(server):
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, as at a terminal; what a shell starts in the background ignores it."""
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, held)
+
+
+def test_an_interrupt_does_not_wait_for_retries(server, interruptible):
     judge = endpoint(server, retries=5, concurrency=2)
     main = threading.main_thread().ident
     threading.Thread(target=lambda: (in_pause(server), signal.pthread_kill(main, signal.SIGINT)), daemon=True).start()

@@ -207,7 +207,7 @@ class RouteController:
         binding, index, covered = self.bindings[slot], self._index, slot in self.state.covered
         mask = self.state.masks.get(slot) if covered else None
         some_rows = None if self.shared is None else self.shared.row_index
-        if mask is not None and some_rows is None:
+        if mask is not None and len(mask.banned) in (1, num_tokens) and some_rows is None:  # tokens that pad the batch have no row
             binding.mask(routing, mask)
         elif slot in index.bare and not binding.fused:
             binding.leave(routing)
