@@ -105,21 +105,12 @@ def serve(options: dict[str, Any]) -> Talk:
     shape = ModelShape.from_hf_config(config)
     spare = shape.num_experts - shape.top_k
     settings: dict[str, Any] = options["settings"]
-    has_policy, has_usage = name in ("policy", "bias", "all"), name in ("usage", "all")
-    banned = list(range(1, 1 + min(4, spare - 2))) if has_policy and name != "bias" else []
-    routes: dict[str, Any] = {"allow_overrides": True} if name in ("routes", "fused", "all") else {}
-    if has_policy:
-        bias = {str(expert): (expert % 5 - 2) / 4 for expert in range(shape.num_experts)} if name == "bias" else {}
-        layers = {str(layer): {"disabled": banned, "bias": bias} for layer in shape.moe_layers}
-        routes["policy"] = {"version": "route-policy/2", "layers": layers}
-    if has_usage:
-        routes["usage"] = ["bench"]
-    if name == "fused":
-        routes["gating"] = "fused"
+    banned = list(range(1, 1 + min(4, spare - 2))) if name in ("policy", "all") else []
+    routes = routes_of(name, shape, banned)
     if routes:
         settings["additional_config"] = {"unsafe_routes": routes}
     permitted = [expert for expert in range(shape.num_experts) if expert not in banned]
-    label = {"usage_label": "bench"} if has_usage else {}
+    label = {"usage_label": "bench"} if "usage" in routes else {}
     llm = LLM(options["folder"], **settings)
     if settings.get("load_format") == "dummy":
         enliven(llm, shape.num_experts)
@@ -151,13 +142,30 @@ def serve(options: dict[str, Any]) -> Talk:
         for output in outputs:
             receipt = (output.kv_transfer_params or {}).get("unsafe_routes", {})
             assert (receipt.get("plan") is not None) == planned, "a plan was not set, or one was"
-            assert (receipt.get("policy") is not None) == has_policy, "a policy was not in force, or one was"
+            assert (receipt.get("policy") is not None) == ("policy" in routes), "a policy was not in force, or one was"
         command = yield {"seconds": seconds, "tokens": count * (length + max_tokens), "generated": generated}
+
+
+def routes_of(name: str, shape: Any, banned: list[int]) -> dict[str, Any]:
+    """The route settings of an engine, empty for those without anything of ours; its policy bans `banned` at every layer."""
+    routes: dict[str, Any] = {"allow_overrides": True} if name in ("routes", "fused", "all") else {}
+    if name in ("policy", "bias", "all"):
+        bias = {str(expert): (expert % 5 - 2) / 4 for expert in range(shape.num_experts)} if name == "bias" else {}
+        layers = {str(layer): {"disabled": banned, "bias": bias} for layer in shape.moe_layers}
+        routes["policy"] = {"version": "route-policy/2", "layers": layers}
+    if name in ("usage", "all"):
+        routes["usage"] = ["bench"]
+    if name == "fused":
+        routes["gating"] = "fused"
+    return routes
 
 
 @contextlib.contextmanager
 def idle_hooks() -> Iterator[None]:
-    """Route control does nothing in forward passes of this process; steps of requests with plans must not come."""
+    """Route control does nothing in forward passes of this process; steps of requests with plans must not come.
+
+    It still follows which requests come and go, so that those of the turn before are forgotten.
+    """
     from vllm_unsafe_routes.engine.router import controllers
     from vllm_unsafe_routes.engine.worker import RouteController
 
@@ -172,7 +180,7 @@ def idle_hooks() -> Iterator[None]:
     held = state.active, state.covered
     state.active, state.covered = False, ()
     with contextlib.ExitStack() as stack:
-        for name in ("update", "begin_forward", "direct", "end_forward"):
+        for name in ("begin_forward", "direct", "end_forward"):
             stack.enter_context(mock.patch.object(RouteController, name, nothing))
         stack.enter_context(mock.patch.object(RouteController, "report", same))
         yield

@@ -54,7 +54,7 @@ def route_topk_cpu(
         is_padding = None if is_padding is None else is_padding[where]
     x = finite(router_logits.to(torch.float32))
     if native_ids is not None:
-        native_ids.copy_(_best(_native_choice(x, spec, correction_bias), spec.top_k))
+        native_ids.copy_(_native(x, spec, correction_bias))
     result = None
     if all_directed and row_index is not None and rows is not None and is_padding is None and not spec.grouped:
         result = _route_all_directed(x, row_index.numpy(), rows, spec, correction_bias)
@@ -112,10 +112,14 @@ def _having(flags: np.ndarray, flag: int) -> Any:
     return slice(None) if has.all() else has.nonzero()[0]
 
 
+def unpack_words(words: np.ndarray, num_experts: int) -> np.ndarray:
+    """`unpack_allowed` in one operation: int32 words, little-endian on every CPU that the engine runs on, to bool, last axis."""
+    return np.unpackbits(words.view(np.uint8), axis=-1, count=num_experts, bitorder="little").view(bool)
+
+
 def _allowed(rows: RouteRows, row: np.ndarray, flags: np.ndarray, num_experts: int) -> np.ndarray:
     """`unpack_allowed` of these rows, bool [len(row), num_experts]; of a forced one its own experts, whatever its words hold."""
-    words = rows.allowed.numpy()[row]  # little-endian on every CPU that the engine runs on
-    allowed = np.unpackbits(words.view(np.uint8), axis=1, count=num_experts, bitorder="little").view(bool)
+    allowed = unpack_words(rows.allowed.numpy()[row], num_experts)
     forced = ((flags & FLAG_FORCED) != 0).nonzero()[0]
     if len(forced):
         allowed[forced] = False
@@ -151,7 +155,7 @@ def mask_topk_cpu(
     assert not spec.grouped
     x = finite(router_logits.to(torch.float32))
     if native_ids is not None:
-        native_ids.copy_(_best(_native_choice(x, spec, correction_bias), spec.top_k))
+        native_ids.copy_(_native(x, spec, correction_bias))
     own, choice = _choice(x if score_bias is None else finite(x + score_bias), banned, spec, correction_bias)
     ids = _best(choice, spec.top_k)
     weights = score(x, ~torch.zeros_like(banned), spec.scoring) if native_weights else own
@@ -172,12 +176,12 @@ def _choice(
     return own, choice.masked_fill(banned, -torch.inf)
 
 
-def _native_choice(x: torch.Tensor, spec: GatingSpec, correction_bias: torch.Tensor | None) -> torch.Tensor:
-    """What is compared without a directive."""
+def _native(x: torch.Tensor, spec: GatingSpec, correction_bias: torch.Tensor | None) -> torch.Tensor:
+    """Ids of the best without a directive, int64 [num_tokens, top_k]."""
     if correction_bias is None and spec.scoring == "softmax":
-        return x
+        return _best(x, spec.top_k)
     own = score(x, torch.ones_like(x, dtype=torch.bool), spec.scoring)
-    return own if correction_bias is None else own + correction_bias
+    return _best(own if correction_bias is None else own + correction_bias, spec.top_k)
 
 
 def _scale(weights: torch.Tensor, spec: GatingSpec) -> torch.Tensor:

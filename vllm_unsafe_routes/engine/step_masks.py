@@ -11,6 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
+from vllm_unsafe_routes.kernels.route_topk_cpu import unpack_words
 from vllm_unsafe_routes.kernels.spec import FLAG_NATIVE_WEIGHTS, RouteRows
 
 from ..shape import ModelShape
@@ -39,8 +40,7 @@ def step_masks(
     flags = table.flags.numpy()[row_of[chosen]]
     plain = (flags == flags[:, :1]).all(1) & ((flags[:, 0] | FLAG_NATIVE_WEIGHTS) == FLAG_NATIVE_WEIGHTS)
     chosen, native = chosen[plain], flags[plain, 0] != 0
-    words = table.allowed.numpy()[row_of[chosen]]
-    allowed = np.unpackbits(words.view(np.uint8), axis=-1, count=shape.num_experts, bitorder="little").view(bool)
+    allowed = unpack_words(table.allowed.numpy()[row_of[chosen]], shape.num_experts)
     # With fewer experts than top_k the last ones are none: the reference knows how.
     enough = np.add.reduce(allowed, axis=-1, dtype=np.int32).min(1) >= shape.top_k
     found = zip(chosen.tolist(), torch.from_numpy(~allowed).unbind(), native.tolist(), enough.tolist(), strict=True)
