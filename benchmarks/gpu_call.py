@@ -59,6 +59,7 @@ class Part:
 CHECKS = "--jobs 6 --only kernels,replays,identity,exact-olmoe,agree-olmoe,exact-deepseek_v2_lite"
 SHAPES = "OLMoE,DeepSeek-V2-Lite,Mixtral,DeepSeek-V3"
 SERVING = "--models olmoe --engines routes,again,fused --rounds 99"
+SEARCH = "--mode eager --agreed --rounds 1"
 # Rounds go on until the time is up. Eager engines start soonest, and cells replay no graph.
 CALLS = {
     "1": (
@@ -67,14 +68,14 @@ CALLS = {
         Part(345, "serving_cost.py", SERVING),
     ),
     "2": (
-        Part(140, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 1"),
-        Part(310, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
+        Part(140, "search_speed.py", f"--models olmoe {SEARCH}"),
+        Part(310, "search_speed.py", f"--models deepseek_v2_lite {SEARCH}"),
         Part(390, "floors.py", "--models olmoe --only decode,search"),
     ),
     "eager": (
         Part(120, "serving_cost.py", f"{SERVING} --mode eager"),
         Part(210, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
-        Part(300, "search_speed.py", "--models deepseek_v2_lite --mode eager --agreed --rounds 1"),
+        Part(300, "search_speed.py", f"--models deepseek_v2_lite {SEARCH}"),
     ),
     "again": (
         Part(130, "routes_exact.py", CHECKS),

@@ -20,6 +20,7 @@ Nothing is timed before the sides agree on scores of a small model with equal we
     python benchmarks/search_speed.py --profile                     # where the engine's time goes
     python benchmarks/search_speed.py --rate                        # the rate of matrix products alone; every round has it too
     python benchmarks/search_speed.py --device cuda --mode full --models olmoe
+    python benchmarks/search_speed.py --only cells-1-,cells-64-     # these numbers of prompts in flight
     python benchmarks/search_speed.py --rehearse                    # tiny shapes: checks only
 """
 
@@ -604,9 +605,9 @@ class Sides:
 
     @property
     def variants(self) -> list[str]:
-        """Baselines first."""
-        ours = (f"{way}, {count} in flight" for way in WAYS for count in self.amounts.cells[way])
-        return [*BASELINES[self.run.device], *ours]
+        """Baselines first; `--only cells-1-,cells-64-` leaves the other numbers in flight out."""
+        ours = {f"{way}-{count}-": f"{way}, {count} in flight" for way in WAYS for count in self.amounts.cells[way]}
+        return [*BASELINES[self.run.device], *(ours[name] for name in self.run.wanted(ours))]
 
     def rate(self, found: Row) -> float:
         """Candidates a second: of CPU time with one thread, which other work hardly changes, else of the wall clock."""

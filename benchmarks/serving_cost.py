@@ -8,11 +8,11 @@ place of vLLM's gating) and eager (no plugin, but eager mode forced, as plugins 
 its own; all of a group stay up and take turns on the same requests, in an order that rotates from round to round. "idle" and
 "plans" are requests to one engine.
 
-On a GPU the figure is the ratio of a variant's throughput to stock's in the same round. On the CPU all engines are pinned to one
-core and timed in CPU seconds, which others' work lengthens only by what it evicts from caches: the quickest of a variant's turns
-counts. Two processes of one kind differ as well, so all engines start several times, each time in another order, and the figure is
-the median over the starts. What differs between processes is left out of a second ratio: to the same engine, on the same requests
-without plans and labels, with route control's work in a forward pass replaced by nothing.
+The figure is the ratio of throughputs of the quickest turns, because others' work only ever lengthens a turn; on a GPU the median
+over the rounds stands beside it. On the CPU all engines are pinned to one core and timed in CPU seconds. Two processes of one kind
+differ as well: on the CPU all engines start several times, each time in another order, and the median over the starts counts. What
+differs between processes is left out of a second ratio: to the same engine, on the same requests without plans and labels, with
+route control's work in a forward pass replaced by nothing; on a GPU the kernels that captured graphs hold stay.
 
     python benchmarks/serving_cost.py                               # CPU: the OLMoE shape with 8 layers, hidden size 512
     python benchmarks/serving_cost.py --device cuda --models olmoe  # published shape, dummy weights, CUDA graphs
@@ -30,7 +30,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ ENGINES = {
     "all": "all",
 }
 AGAINST = ", other tree"
-# Engines without anything of ours.
+# Engines without anything of ours, and those that cannot do without it.
 BARE = ("stock", "again", "eager")
+NEVER_IDLE = (*BARE, "fused")
 # Beside weights and KV: CUDA context, activations, graphs.
 OVERHEAD = int(2.5 * common.GIB)
 STEP_TOKENS = 4096
@@ -280,7 +281,8 @@ def measure_group(group: list[str], subject: Subject, run: Run, results: Results
         def ask(variant: str, load: Load, seed: int) -> Row:
             child, request = children[engine_of[variant]], {"variant": variant.removesuffix(AGAINST), "load": load, "seed": seed}
             answer: Row = child.ask(run.left, **request)
-            if not run.on_gpu and engine_of[variant] not in BARE:
+            # An engine of two variants is asked once.
+            if engine_of[variant] not in (*NEVER_IDLE, *(engine_of[other] for other in variants[: variants.index(variant)])):
                 answer["idle_seconds"] = child.ask(run.left, **request, idle=True)["seconds"]
             return answer
 
@@ -339,15 +341,34 @@ def ratios_of(rows: Rows, load: str, variant: str) -> list[float]:
     return [float(row["ratio_to_stock"]) for row in rows if (row["load"], row["variant"]) == (load, variant)]
 
 
+def quickest(rows: Rows, load: str, variant: str, idle: bool = False) -> list[float]:
+    """Of each start of all engines, stock's quickest turn over the variant's; `idle`: its own engine's with idle hooks over it."""
+    mine = [row for row in rows if row["load"] == load]
+
+    def of_start(row: dict[str, Any]) -> tuple[Any, Any]:
+        return row["commit"], row.get("start")
+
+    def least(variants: Collection[str], start: tuple[Any, Any], column: str) -> float:
+        chosen = [row for row in mine if row["variant"] in variants and of_start(row) == start]
+        return min((float(row[column]) for row in chosen if row.get(column)), default=math.nan)
+
+    others = [name for name in ENGINES if ENGINES[name] == ENGINES[variant]] if idle else ["stock"]
+    ratios = [
+        least(others, start, "idle_seconds" if idle else "seconds") / least([variant], start, "seconds")
+        for start in dict.fromkeys(of_start(row) for row in mine if row["variant"] == variant)
+    ]
+    return [ratio for ratio in ratios if not math.isnan(ratio)]
+
+
 def cpu_table(rows: Rows) -> str:
     """Ratios of quickest turns, median and range over starts."""
     loads = LOADS["cpu"]
-    kinds = {"against stock": "stock", "against itself, idle": None}
+    kinds = {"against stock": False, "against itself, idle": True}
 
-    def cell(load: str, variant: str, other: str | None) -> str:
-        return "-" if other is None and variant in BARE else common.spread(quickest(rows, load, variant, other), 3, 3)
+    def cell(load: str, variant: str, idle: bool) -> str:
+        return "-" if idle and variant in BARE else common.spread(quickest(rows, load, variant, idle), 3, 3)
 
-    lines = [[name, *(cell(load, key, other) for load in loads for other in kinds.values())] for key, name in CPU_VARIANTS.items()]
+    lines = [[name, *(cell(load, key, idle) for load in loads for idle in kinds.values())] for key, name in CPU_VARIANTS.items()]
     table = common.markdown(["same batch", *(f"{load}, {kind}" for load in loads for kind in kinds)], lines)
     if not rows:
         return table
@@ -356,34 +377,25 @@ def cpu_table(rows: Rows) -> str:
     return f"{table}\n\n{note} {starts} starts of all engines. {common.where(rows)}"
 
 
-def quickest(rows: Rows, load: str, variant: str, other: str | None) -> list[float]:
-    """Of each start, the other variant's quickest turn over this one's; None: over its own with idle hooks."""
-
-    def least(of: str, start: Any, column: str) -> float:
-        mine = [row for row in rows if (row["load"], row["variant"], row["start"]) == (load, of, start)]
-        return min((float(row[column]) for row in mine if row.get(column)), default=math.nan)
-
-    starts = common.distinct([row for row in rows if (row["load"], row["variant"]) == (load, variant)], "start")
-    column = "idle_seconds" if other is None else "seconds"
-    ratios = [least(other or variant, start, column) / least(variant, start, "seconds") for start in starts]
-    return [ratio for ratio in ratios if not math.isnan(ratio)]
-
-
 def gpu_table(rows: Rows) -> str:
-    """Tokens per second of stock and the ratios to it."""
+    """Of each load stock's tokens per second and the ratios of all variants."""
     lines = []
-    for model in common.distinct(rows, "model"):
+    for model, load in dict.fromkeys((row["model"], row["load"]) for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        for load in common.distinct(mine, "load"):
-            rates = [float(row["tokens_per_s"]) for row in mine if (row["load"], row["variant"]) == (load, "stock")]
-            cells = [common.spread(ratios_of(mine, load, variant), 3, 3) for variant in VARIANTS]
-            stock = f"{statistics.median(rates):,.0f}" if rates else NOT_MEASURED
-            lines.append([f"{model}, {mine[0]['layers']} layers", load, stock, *cells])
-    count = len({(row["commit"], row["round"]) for row in rows})
+        rates = [float(row["tokens_per_s"]) for row in mine if (row["load"], row["variant"]) == (load, "stock")]
+        name = f"{model}, {mine[0]['layers']} layers: {load}"
+        lines.append([f"**{name}** (stock: {statistics.median(rates):,.0f} tokens/s)" if rates else f"**{name}**", "", "", ""])
+        for variant, meaning in VARIANTS.items():
+            found = [quickest(mine, load, variant), quickest(mine, load, variant, idle=True)]
+            if ratios := ratios_of(mine, load, variant):
+                shown = [f"{max(one):.3f}" if one else NOT_MEASURED for one in found]
+                lines.append([meaning, *("-" if variant in NEVER_IDLE and at else cell for at, cell in enumerate(shown))])
+                lines[-1].insert(2, common.spread(ratios, 3, 3))
     modes = ", ".join(map(str, common.distinct(rows, "mode")))
-    table = common.markdown(["model", "load", "stock, tokens/s", *VARIANTS.values()], lines)
-    note = f"Throughput ratio to stock, median and range of up to {count} rounds, turn by turn; engine mode: {modes}."
-    return f"{table}\n\n{note} {common.where(rows)}"
+    head = ["variant", "stock, quickest turns", "stock, median (range) of the rounds", "itself with idle hooks, quickest turns"]
+    count = len({(row["commit"], row["round"]) for row in rows})
+    note = f"Throughput over that of the column, up to {count} rounds, turn by turn; engine mode: {modes}."
+    return f"{common.markdown(head, lines)}\n\n{note} {common.where(rows)}"
 
 
 def trees_table(rows: Rows) -> str:

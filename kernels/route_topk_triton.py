@@ -10,6 +10,7 @@ or a call does not use is compiled away; what none of a program's tokens needs i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -603,6 +604,7 @@ def route_topk_kernel(
         tl.store(routes_weights_ptr + routes_at, weights, mask=mask_out)
 
 
+@cache
 def constants(spec: GatingSpec) -> dict[str, object]:
     """The compile-time constants that follow from a model's gating."""
     num_groups = spec.num_expert_group if spec.grouped else 1

@@ -96,15 +96,12 @@ class RowLayout:
 
     def forced_row(self, experts: tuple[int, ...], weights: tuple[float, ...] | None, native: bool, bits: int) -> bytes:
         """A row that gives a token exactly `experts`, which are `bits`."""
-        flags = FLAG_FORCED | (FLAG_NATIVE_WEIGHTS if native and weights is None else 0)
-        if weights is not None:
-            flags |= FLAG_EXPLICIT_WEIGHTS
-        return (
-            flags.to_bytes(4, "little")
-            + bits.to_bytes(4 * self.num_words, "little")
-            + struct.pack(f"<{self.top_k}i", *experts)
-            + (bytes(4 * self.top_k) if weights is None else struct.pack(f"<{self.top_k}f", *weights))
-        )
+        words = bits.to_bytes(4 * self.num_words, "little")
+        if weights is None:
+            flags = FLAG_FORCED | FLAG_NATIVE_WEIGHTS if native else FLAG_FORCED
+            return struct.pack(f"<i{len(words)}s{self.top_k}i{4 * self.top_k}x", flags, words, *experts)
+        flags = FLAG_FORCED | FLAG_EXPLICIT_WEIGHTS
+        return struct.pack(f"<i{len(words)}s{self.top_k}i{self.top_k}f", flags, words, *experts, *weights)
 
     def rows_of(self, experts: npt.NDArray[np.int32], native: bool, chooses: bool) -> npt.NDArray[np.int32]:
         """`forced_row` without weights, or `mask_row` where tokens choose, of experts [num_rows, any]: int32 [num_rows, ints]."""

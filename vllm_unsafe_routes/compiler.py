@@ -128,7 +128,7 @@ class PlanCompiler:
                 raise RouteError(f"{_where(item)}: an expert is repeated in {list(experts)}")
             slot = shape.slot_of_layer[layer]
             held = base.block[slot, base.column(position, position + 1)]
-            cell = Gathered(self._all, item)
+            cell = Gathered(Place(layer, position), self._all, item)
             if held != NO_ROW:
                 flags, allowed = self.layout.read(base.rows[held])
                 if flags & FLAG_FORCED:
@@ -138,7 +138,7 @@ class PlanCompiler:
             if (layer, position) in seen:
                 raise RouteError(f"{_where(item)}: two forces for one (layer, position)")
             seen.add((layer, position))
-            content = self._rules[slot].row(Place(layer, position), cell, base.native)
+            content = self._rules[slot].row(cell, base.native)
             assert content is not None
             cells.append((slot, position, content))
         digest = hashlib.sha256((base.digest + repr(delta)).encode()).hexdigest()[:32]
@@ -197,15 +197,15 @@ class PlanCompiler:
         block = np.full((len(shape.moe_layers), num_listed + 2), NO_ROW, np.int32)
         end = min(end_of_prompt, num_listed)
 
-        def number(slot: int, where: int | str, cell: Gathered) -> int:
-            content = self._rules[slot].row(Place(shape.moe_layers[slot], where), cell, native)
+        def number(slot: int, cell: Gathered) -> int:
+            content = self._rules[slot].row(cell, native)
             return NO_ROW if content is None else row_of.setdefault(content, len(row_of))
 
         for slot, (spans, listed) in by_slot.items():
             prompt, generated, cells = self._gather(shape.moe_layers[slot], spans, listed, end_of_prompt)
-            block[slot, :end] = block[slot, num_listed] = number(slot, "prompt", prompt)
-            block[slot, end:num_listed] = block[slot, num_listed + 1] = number(slot, "generated", generated)
-            block[slot, list(cells)] = [number(slot, position, cell) for position, cell in cells.items()]
+            block[slot, :end] = block[slot, num_listed] = number(slot, prompt)
+            block[slot, end:num_listed] = block[slot, num_listed + 1] = number(slot, generated)
+            block[slot, list(cells)] = [number(slot, cell) for cell in cells.values()]
         self._check_size(num_listed, len(row_of))
         return CompiledPlan(plan.digest, tuple(row_of), block, native, plan.prompt)
 
@@ -213,18 +213,20 @@ class PlanCompiler:
         self, layer: int, spans: list[Directive], listed: list[Directive], end_of_prompt: int
     ) -> tuple[Gathered, Gathered, dict[int, Gathered]]:
         """What directives ask of a layer's prompt, of its generated tokens, and of the positions that they list."""
-        prompt, generated = Gathered(self._all), Gathered(self._all)
+        prompt, generated = (Gathered(Place(layer, span), self._all) for span in ("prompt", "generated"))
         for item in spans:
             if item.positions in ("prompt", "all"):
-                prompt.add(item, Place(layer, "prompt"))
+                prompt.add(item)
             if item.positions in ("generated", "all"):
-                generated.add(item, Place(layer, "generated"))
+                generated.add(item)
         cells: dict[int, Gathered] = {}
         for item in listed:
             for position in cast(tuple[int, ...], item.positions):
-                if position not in cells:
-                    cells[position] = (prompt if position < end_of_prompt else generated).copy()
-                cells[position].add(item, Place(layer, position))
+                cell = cells.get(position)
+                if cell is None:
+                    span = prompt if position < end_of_prompt else generated
+                    cell = cells[position] = span.at(Place(layer, position))
+                cell.add(item)
         return prompt, generated, cells
 
 

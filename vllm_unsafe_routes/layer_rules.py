@@ -33,6 +33,7 @@ class Gathered:
     """What directives ask of one (layer, position).
 
     Attributes:
+        place: which.
         allowed: bits of the experts that no mask excludes.
         force: the force, or None. It decides alone: a bias, promotions and demotions beside it have no effect.
         promoted: bits of the promoted experts.
@@ -41,21 +42,22 @@ class Gathered:
 
     """
 
+    place: Place
     allowed: int
     force: Directive | None = None
     promoted: int = 0
     demoted: int = 0
     bias: dict[int, float] = field(default_factory=dict)
 
-    def copy(self) -> Gathered:
-        """One that can be added to by itself."""
-        return Gathered(self.allowed, self.force, self.promoted, self.demoted, dict(self.bias))
+    def at(self, place: Place) -> Gathered:
+        """The same at another place, to be added to by itself."""
+        return Gathered(place, self.allowed, self.force, self.promoted, self.demoted, dict(self.bias))
 
-    def add(self, item: Directive, place: Place) -> None:
-        """One directive more, at `place`. Raises `RouteError` for a second force."""
+    def add(self, item: Directive) -> None:
+        """One directive more. Raises `RouteError` for a second force."""
         if item.kind == "force":
             if self.force is not None:
-                raise RouteError(f"{place}: two forces for one (layer, position)")
+                raise RouteError(f"{self.place}: two forces for one (layer, position)")
             self.force = item
             return
         bits = expert_bits(item.experts)
@@ -107,39 +109,45 @@ class LayerRules:
             return None
         return self.layout.mask_row(self.all & ~self.banned, native, Soft(self.bias))
 
-    def row(self, place: Place, asked: Gathered, native: bool) -> bytes | None:
+    def row(self, asked: Gathered, native: bool) -> bytes | None:
         """The row of what is asked, None where that is nothing.
 
         Raises:
-            RouteError: the plan contradicts itself or the policy; begins with `place`.
+            RouteError: the plan contradicts itself or the policy; begins with the place.
 
         """
+        place = asked.place
+        if asked.force is not None:
+            return self._forced_row(place, asked.force, asked.allowed, native)
         soft = asked.soft()
-        if asked.force is None and asked.allowed == self.all and not soft:
+        if asked.allowed == self.all and not soft:
             return None
-        chosen = asked.allowed if asked.force is None else expert_bits(asked.force.experts)
-        if asked.force is not None:
-            if chosen & ~asked.allowed:
-                raise RouteError(f"{place}: expert {lowest(chosen & ~asked.allowed)} is forced and disabled by the same plan")
-            if chosen & self.banned:
-                raise RouteError(
-                    f"{place}: expert {lowest(chosen & self.banned)} is disabled by the engine's policy and cannot be forced",
-                    "policy",
-                )
-        if self.protected & ~chosen:
-            raise RouteError(
-                f"{place}: expert {lowest(self.protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
-                "policy",
-            )
-        if asked.force is not None:
-            return self.layout.forced_row(asked.force.experts, asked.force.weights, native, chosen)
+        self._check_protected(place, asked.allowed)
         left, top_k = asked.allowed & ~self.banned, self.layout.top_k
         if left.bit_count() < top_k:
             # Enough for a plan alone: then it is the policy that takes the rest away.
             reason = "policy" if asked.allowed.bit_count() >= top_k else "invalid"
             raise RouteError(f"{place}: {left.bit_count()} experts left, top_k {top_k} are needed", reason)
-        self._check_soft(place, asked, soft)
+        self._check_soft(asked, soft)
         return self.layout.mask_row(left, native, self._with_bias(soft, left))
+
+    def _forced_row(self, place: Place, force: Directive, allowed: int, native: bool) -> bytes:
+        chosen = expert_bits(force.experts)
+        if chosen & ~allowed:
+            raise RouteError(f"{place}: expert {lowest(chosen & ~allowed)} is forced and disabled by the same plan")
+        if chosen & self.banned:
+            raise RouteError(
+                f"{place}: expert {lowest(chosen & self.banned)} is disabled by the engine's policy and cannot be forced", "policy"
+            )
+        self._check_protected(place, chosen)
+        return self.layout.forced_row(force.experts, force.weights, native, chosen)
+
+    def _check_protected(self, place: Place, chosen: int) -> None:
+        if self.protected & ~chosen:
+            raise RouteError(
+                f"{place}: expert {lowest(self.protected & ~chosen)} is protected by the engine's policy and cannot be excluded",
+                "policy",
+            )
 
     def _with_bias(self, soft: Soft, left: int) -> Soft:
         """What a plan asks with the policy's bias added to its own; a plan may outweigh it, but not be rid of it by being there."""
@@ -151,7 +159,10 @@ class LayerRules:
         bias = tuple((expert, value) for expert, value in sorted(total.items()) if value and left >> expert & 1)
         return Soft(bias, soft.promoted, soft.demoted)
 
-    def _check_soft(self, place: Place, asked: Gathered, soft: Soft) -> None:
+    def _check_soft(self, asked: Gathered, soft: Soft) -> None:
+        if not soft:
+            return
+        place = asked.place
         if soft.promoted & asked.demoted:
             raise RouteError(f"{place}: expert {lowest(soft.promoted & asked.demoted)} is promoted and demoted by the same plan")
         if soft.promoted & ~asked.allowed:

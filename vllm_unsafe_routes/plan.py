@@ -185,7 +185,7 @@ class RoutePlan:
     def digest(self) -> str:
         """32 hex digits over the plan's content; the receipt carries it."""
         if self._digest is None:
-            self._digest = hashlib.sha256(self._payload()).hexdigest()[:32]
+            self._digest = _digest_of(self._payload())
         return self._digest
 
     def to_string(self) -> str:
@@ -213,10 +213,12 @@ class RoutePlan:
 
     @classmethod
     def _of(cls, content: wire.Content) -> RoutePlan:
-        weights, model, prompt, entries = content
+        weights, model, prompt, directives, payload = content
         plan = cls(weights, model)
         plan._prompt = None if prompt is None else PromptBinding.from_dict(prompt)
-        plan._directives = [Directive.checked(*entry) for entry in entries]
+        plan._directives = list(directives)
+        if payload is not None:
+            plan._digest = _digest_of(payload)
         return plan
 
     def extra_args(self, return_routes: bool = False) -> dict[str, Any]:
@@ -233,6 +235,10 @@ class RoutePlan:
 
     def __repr__(self) -> str:
         return f"RoutePlan({len(self)} directives, weights={self.weights!r}, digest={self.digest})"
+
+
+def _digest_of(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:32]
 
 
 def _force_rows(plan: RoutePlan, ids: Any, weights: Any, layers: Sequence[int], first_position: int) -> RoutePlan:

@@ -36,10 +36,9 @@ WIRE_PREFIXES: Mapping[str, tuple[Kind, ...]] = {"rp1:": HARD_KINDS, "rp2:": KIN
 # A plan that is larger, as JSON or unpacked, is refused before it is read: a small string must not fill the memory.
 MAX_WIRE_BYTES = 64 << 20
 
-# What `Directive.checked` takes: which directive it is, kind, layer, positions, experts, weights.
-Entry = tuple[str, Any, Any, Any, Any, Any]
-# Weight mode, model, prompt, directives; nothing of it is checked.
-Content = tuple[Any, Any, Any, Iterator[Entry]]
+# Weight mode, model and prompt, of which nothing is checked; the directives; the payload, if it is known to be what `to_payload`
+# makes of them.
+Content = tuple[Any, Any, Any, Iterator[Directive], bytes | None]
 
 
 def _version(versions: Mapping[str, tuple[Kind, ...]], directives: Sequence[Directive]) -> str:
@@ -76,11 +75,11 @@ def read_json(text: str | bytes | Mapping[str, Any]) -> Content:
     directives = document.get("directives", [])
     if not isinstance(directives, list):
         raise RouteError(f"directives must be a list, got {type(directives).__name__}")
-    entries = _json_entries(directives, PLAN_VERSIONS[document["version"]])
-    return document.get("weights", "masked"), document.get("model"), document.get("prompt"), entries
+    items = _json_directives(directives, PLAN_VERSIONS[document["version"]])
+    return document.get("weights", "masked"), document.get("model"), document.get("prompt"), items, None
 
 
-def _json_entries(directives: list[Any], known: Sequence[Kind]) -> Iterator[Entry]:
+def _json_directives(directives: list[Any], known: Sequence[Kind]) -> Iterator[Directive]:
     for at, entry in enumerate(directives):
         where = f"directive {at}"
         if not isinstance(entry, Mapping):
@@ -97,7 +96,7 @@ def _json_entries(directives: list[Any], known: Sequence[Kind]) -> Iterator[Entr
             if weights is not None:
                 raise RouteError(f"{where}: weights are for force only")
             experts, weights = read_bias(experts, where)
-        yield where, kinds[0], entry["layer"], entry["positions"], experts, weights
+        yield Directive.checked(where, kinds[0], entry["layer"], entry["positions"], experts, weights)
 
 
 def read_bias(values: Any, where: str) -> tuple[list[Any], list[Any]]:
@@ -116,9 +115,7 @@ def read_bias(values: Any, where: str) -> tuple[list[Any], list[Any]]:
 
 def to_payload(weights: str, model: str | None, prompt: PromptBinding | None, directives: Sequence[Directive]) -> bytes:
     """A plan's content as bytes, the same for the same content."""
-    head: dict[str, Any] = {"weights": weights, "model": model, "directives": len(directives)}
-    if prompt is not None:
-        head["prompt"] = prompt.to_dict()
+    head = _head(weights, model, len(directives), {} if prompt is None else {"prompt": prompt.to_dict()})
     spans = [item.positions for item in directives]
     positions = [where for where in spans if not isinstance(where, str)]
     explicit = [item.weights for item in directives if item.weights is not None]
@@ -132,7 +129,11 @@ def to_payload(weights: str, model: str | None, prompt: PromptBinding | None, di
         np.array([expert for item in directives for expert in item.experts], "<i4"),
         np.array([weight for group in explicit for weight in group], "<f4"),
     )
-    return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
+    return head + b"\n" + b"".join(array.tobytes() for array in arrays)
+
+
+def _head(weights: str, model: str | None, num_directives: int, more: Mapping[str, Any]) -> bytes:
+    return json.dumps({"weights": weights, "model": model, "directives": num_directives, **more}).encode()
 
 
 def pack(payload: bytes, directives: Sequence[Directive]) -> str:
@@ -163,10 +164,14 @@ def read_string(text: str) -> Content:
         raise RouteError(f"{PLAN_KEY} is damaged: {error}") from None
     if not newline or set(head) - {"prompt"} != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
         raise RouteError(f"{PLAN_KEY} has an unknown head: {head}")
-    return head["weights"], head["model"], head.get("prompt"), _packed_entries(body, num, WIRE_PREFIXES[prefix])
+    weights, model = head["weights"], head["model"]
+    # Whether a directive has weights may be said by any byte, and is written as 1. A prompt's keys may come in any order.
+    is_own = head_bytes == _head(weights, model, num, {}) and not body[num : 2 * num].strip(b"\0\1")
+    directives = _packed_directives(body, num, WIRE_PREFIXES[prefix])
+    return weights, model, head.get("prompt"), directives, payload if is_own else None
 
 
-def _packed_entries(body: bytes, num: int, known: Sequence[Kind]) -> Iterator[Entry]:
+def _packed_directives(body: bytes, num: int, known: Sequence[Kind]) -> Iterator[Directive]:
     at = 0
 
     def take(dtype: str, count: int) -> list[Any]:
@@ -186,21 +191,21 @@ def _packed_entries(body: bytes, num: int, known: Sequence[Kind]) -> Iterator[En
         or min(expert_counts, default=0) < 0
     ):
         raise RouteError(f"{PLAN_KEY} is damaged: unknown directive kind or span")
-    positions = iter(take("<i4", sum(count for count in counts if count > 0)))
-    experts = iter(take("<i4", sum(expert_counts)))
+    all_positions, all_experts = take("<i4", sum(count for count in counts if count > 0)), take("<i4", sum(expert_counts))
+    are_naturals = not any(weighted) and min([0, *layers, *all_positions, *all_experts]) == 0
+    positions, experts = iter(all_positions), iter(all_experts)
     weights = iter(take("<f4", sum(count for count, has in zip(expert_counts, weighted, strict=True) if has)))
     if at != len(body):
         raise RouteError(f"{PLAN_KEY} is damaged: {len(body) - at} bytes too many")
     rows = zip(kinds, weighted, layers, counts, expert_counts, strict=True)
     for number, (kind, has_weights, layer, count, num_experts) in enumerate(rows):
-        yield (
-            f"directive {number}",
-            known[kind],
-            layer,
-            SPANS[-1 - count] if count < 0 else tuple(islice(positions, count)),
-            tuple(islice(experts, num_experts)),
-            tuple(islice(weights, num_experts)) if has_weights else None,
-        )
+        where = SPANS[-1 - count] if count < 0 else tuple(islice(positions, count))
+        chosen = tuple(islice(experts, num_experts))
+        item = Directive.of_naturals(known[kind], layer, where, chosen) if are_naturals else None
+        if item is None:
+            values = tuple(islice(weights, num_experts)) if has_weights else None
+            item = Directive.checked(f"directive {number}", known[kind], layer, where, chosen, values)
+        yield item
 
 
 def read_document(

@@ -30,7 +30,7 @@ class Requests:
         self.rng = random.Random(seed)
         config = RouteConfig(allow_overrides=True)
         self.compiler = config.compiler(SHAPE, active)
-        self.table = DeviceTable(config, self.compiler.layout, torch.device("cpu"))
+        self.table = DeviceTable(config, self.compiler.layout, 3, torch.device("cpu"))
         contents = self.compiler.policy_rows()
         self.policy_row_of = np.full(len(contents), NO_ROW, np.int32)
         for slot, content in enumerate(contents):

@@ -50,14 +50,14 @@ def test_a_report_of_nothing_leaves_the_output_alone():
 def test_captured_routes_are_cut_to_each_request(monkeypatch):
     monkeypatch.setattr("vllm_unsafe_routes.engine.capture.get_pp_group", lambda: types.SimpleNamespace(world_size=1))
     capture = RouteCapture((2, 16, 4), torch.device("cpu"), False, [0, 1])
-    assert capture.apply(0, 5) == (None, None)
+    assert capture.apply(0, 5, True) == (None, None)
     wants, other = (Resident(0, None, RouteExtras(wants_routes=wanted), 3, 0) for wanted in (True, False))
     # The host takes a draft of the step before for accepted, which the device knows was not: 4 instead of 5.
     positions = torch.tensor([7, 8, 4, 5, 6])
     step = Step([Part("a", other, 7, 2, 0), Part("b", wants, 5, 3, 2)], ["a", "b"], {"a": 2, "b": 3}, 5, None, positions)
     capture.stage(step)
     for slot in range(2):
-        ids, weights = capture.apply(slot, 5)
+        ids, weights = capture.apply(slot, 5, True)
         ids.copy_(torch.arange(20).reshape(5, 4) + 100 * slot)
         weights.fill_(slot)
     report = StepReport()

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 import zlib
-from base64 import b64encode
+from base64 import b64decode, b64encode
 
 import numpy as np
 import pytest
@@ -51,6 +51,22 @@ def test_both_forms_carry_the_whole_plan(plan):
         assert again == plan
         assert again.digest == plan.digest
         assert again.directives == plan.directives
+
+
+@given(plans(), st.permutations(["weights", "model", "directives", "prompt"]), st.integers(1, 255), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_digest_is_taken_over_the_content_however_it_is_written(plan, order, yes, spaced):
+    """Another writer's head may have its keys in any order, and say by any byte that a directive has weights."""
+    plan = plan.for_prompt([5, 6, 7]) if len(plan) % 2 else plan
+    prefix, packed = plan.to_string()[:4], plan.to_string()[4:]
+    head, _, body = zlib.decompress(b64decode(packed)).partition(b"\n")
+    document = json.loads(head)
+    if "prompt" in document:
+        document["prompt"] = dict(reversed(document["prompt"].items()))
+    head = json.dumps({key: document[key] for key in order if key in document}, separators=None if spaced else (",", ":")).encode()
+    body = body[: len(plan)] + body[len(plan) : 2 * len(plan)].replace(b"\1", bytes([yes])) + body[2 * len(plan) :]
+    again = RoutePlan.from_string(prefix + b64encode(zlib.compress(head + b"\n" + body)).decode())
+    assert (again.digest, again.directives, again.prompt) == (plan.digest, plan.directives, plan.prompt)
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: "rp2:" + b64encode(zlib.compress(raw)).decode()))

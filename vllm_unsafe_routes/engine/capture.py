@@ -26,7 +26,7 @@ class RouteCapture:
     Args:
         size: (MoE layers, most tokens of a forward pass, top_k).
         device: where the model runs.
-        always: captured graphs repeat what is decided now, so every step is written.
+        always: captured graphs repeat what is decided now, so the route kernel writes every step.
         local_slots: MoE slots of this pipeline rank.
         usage: counts the routes of every step, if they are to be counted.
         logits: captures router logits, if requests may ask for them.
@@ -66,16 +66,17 @@ class RouteCapture:
         """Whether somebody wants this step's routes or logits."""
         return self._routes_on or (self.logits is not None and self.logits.is_on)
 
-    def stage(self, step: Step) -> None:
-        """See whether somebody wants this step's routes or logits."""
+    def stage(self, step: Step) -> bool:
+        """See whether somebody wants this step's routes or logits; returns `is_on`."""
         if self.logits is not None:
             self.logits.stage(step)
         counted = self.usage is not None or (self.monitor is not None and self.monitor.is_on)
         self._routes_on = counted or any(part.resident.extras.wants_routes for part in step.parts)
+        return self.is_on
 
-    def apply(self, slot: int, num_tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def apply(self, slot: int, num_tokens: int, by_kernel: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where the layer's routes go: int32 and float32 [num_tokens, top_k], None where nobody wants them."""
-        if not (self._routes_on or self._always):
+        if not (self._routes_on or (self._always and by_kernel)):
             return None, None
         return self._id_views.at(slot, num_tokens), self._weight_views.at(slot, num_tokens)
 

@@ -38,15 +38,18 @@ class PolicyCounts:
         self, shape: ModelShape, sums: DeviceSums, index: RowIndex, local_slots: Sequence[int], kept: Sequence[int] | None
     ) -> None:
         num_layers, capacity = index.rows.shape
+        device = index.rows.device
         self._shape = shape
         self._index = index
         self._local_slots = local_slots
         self._always_kept = kept
-        self._native_ids = torch.zeros((num_layers, capacity, shape.top_k), dtype=torch.int32, device=index.rows.device)
+        self._native_ids = torch.zeros((num_layers, capacity, shape.top_k), dtype=torch.int32, device=device)
         self._views = LayerViews(self._native_ids)
-        self._kept: frozenset[int] = frozenset()
-        self._slots = torch.zeros(0, dtype=torch.int64)
-        self._banned = torch.zeros(0)
+        self._kept = self._counted = frozenset[int]()
+        # int64 [num_layers, 1, 1] and bool [num_layers * num_experts]: an expert's place in the table of all bans, which is empty
+        # at layers where nothing is counted.
+        self._places = (torch.arange(num_layers, device=device) * shape.num_experts)[:, None, None]
+        self._banned = torch.zeros(num_layers * shape.num_experts, dtype=torch.bool, device=device)
         self._mode = POLICY_MODES[0]
         self._sums = sums
         self.is_on = False
@@ -57,25 +60,31 @@ class PolicyCounts:
         self._mode = active.mode
         layers = self._shape.moe_layers
         countable = self._local_slots if self._always_kept is None else self._always_kept
-        counted = [slot for slot in countable if active.at(layers[slot]).disabled]
-        self._kept = frozenset(counted if self._always_kept is None else self._always_kept)
-        device = self._native_ids.device
-        self._slots = torch.tensor(counted, dtype=torch.int64, device=device)
-        self._banned = banned_experts(self._shape, active, counted).to(device)
+        self._counted = frozenset(slot for slot in countable if active.at(layers[slot]).disabled)
+        self._kept = self._counted if self._always_kept is None else frozenset(self._always_kept)
+        banned = banned_experts(self._shape, active, range(len(layers)))
+        banned[[slot for slot in range(len(layers)) if slot not in self._counted]] = False
+        self._banned.copy_(banned.view(-1))
 
-    def apply(self, slot: int, num_tokens: int) -> torch.Tensor | None:
-        """Where the picks of the model's own gating go: int32 [num_tokens, top_k], None where they are not needed."""
-        return self._views.at(slot, num_tokens) if slot in self._kept else None
+    def apply(self, slot: int, num_tokens: int, by_kernel: bool) -> torch.Tensor | None:
+        """Where the picks of the model's own gating go: int32 [num_tokens, top_k], None where they are not needed.
+
+        Args:
+            slot: the MoE slot.
+            num_tokens: of the step.
+            by_kernel: the route kernel writes them.
+
+        """
+        return self._views.at(slot, num_tokens) if slot in (self._kept if by_kernel else self._counted) else None
 
     def collect(self, step: Step) -> None:
         """Count what the policy bans among the step's picks; tokens that a plan forces are not counted."""
-        num_tokens, slots = step.num_tokens, self._slots
+        num_tokens = step.num_tokens
         if not num_tokens:
             return
-        if len(slots):
-            banned = self._banned.unsqueeze(1).expand(-1, num_tokens, -1)
-            hits = banned.gather(2, self._native_ids[slots, :num_tokens].long())
-            if not self._index.is_idle:
-                hits = hits & ~self._index.is_forced(self._index.rows[slots, :num_tokens]).unsqueeze(2)
-            self._sums.displaced[POLICY_MODES.index(self._mode)].index_add_(0, slots, hits.sum((1, 2)))
+        if self._counted:
+            hits = self._banned.take(self._native_ids[:, :num_tokens] + self._places)
+            if self._index.has_forced:
+                hits &= ~self._index.is_forced(self._index.rows[:, :num_tokens]).unsqueeze(2)
+            self._sums.displaced[POLICY_MODES.index(self._mode)].add_(hits.sum((1, 2)))
         self._sums.grew(self._mode, num_tokens)

@@ -38,14 +38,14 @@ class DeviceTable:
 
     Attributes:
         rows: the rows; a row's content is laid out as `compiled.RowLayout` says.
-        cells: int32 [num_cells], blocks of [MoE layers, listed positions + 2] row indices.
         slot_base: int64 [num_slots], where a request's block begins in `cells`, -1 for none.
         slot_listed: int32 [num_slots], positions with a column of their own.
         slot_prompt_len: int32 [num_slots].
+        has_rows: bool [num_slots, MoE layers] on the host: a request has a row at some position, its plan's or the policy's.
 
     """
 
-    def __init__(self, config: RouteConfig, layout: RowLayout, device: torch.device) -> None:
+    def __init__(self, config: RouteConfig, layout: RowLayout, num_layers: int, device: torch.device) -> None:
         num_rows = config.route_table_rows
         self._store = RowStore(num_rows)
         self._layout = layout
@@ -67,8 +67,9 @@ class DeviceTable:
         self._base = Mirrored((num_slots,), -1, np.int64, device)
         self._listed = Mirrored((num_slots,), 0, np.int32, device)
         self._prompt_len = Mirrored((num_slots,), 0, np.int32, device)
-        self.cells, self.slot_base = self._cells.tensor, self._base.tensor
+        self.slot_base = self._base.tensor
         self.slot_listed, self.slot_prompt_len = self._listed.tensor, self._prompt_len.tensor
+        self.has_rows = np.zeros((num_slots, num_layers), bool)
         self._free_slots = list(range(num_slots - 1, NO_PLAN_SLOT, -1))
         # Of each planned request: its slot and its block, int32 [MoE layers, listed positions + 2].
         self._placed: dict[str, tuple[int, np.ndarray]] = {}
@@ -77,9 +78,18 @@ class DeviceTable:
         return len(self._store)
 
     @property
+    def cells(self) -> torch.Tensor:
+        """int32 [num_cells], blocks of [MoE layers, listed positions + 2] row indices."""
+        return self._cells.tensor
+
+    @property
     def num_placed(self) -> int:
         """Requests that were given a block so far."""
         return self._arena.num_placed
+
+    def start_policy(self, row_of: np.ndarray) -> None:
+        """Requests without a plan have these rows from now on, int32 [MoE layers], -1 for none."""
+        self.has_rows[NO_PLAN_SLOT] = row_of != NO_ROW
 
     def flush(self) -> None:
         """Bring everything that was written since to the device, before a forward pass reads it."""
@@ -91,7 +101,7 @@ class DeviceTable:
         contents = list(contents)
         ids, new = self._store.acquire(contents)
         if new:
-            where = np.array([ids[at] for at in new])
+            where = [ids[at] for at in new]
             # Of rows that are not soft the last two parts are left as they are: nothing reads them.
             parts = self._layout.columns(self._layout.table([contents[at] for at in new]))
             for column, values in zip(self._columns, parts, strict=False):
@@ -120,6 +130,7 @@ class DeviceTable:
         for other, new_base, _ in moved:
             self._write_block(*self._placed[other], new_base)
         self._write_block(slot, block, base)
+        self.has_rows[slot] = (block != NO_ROW).any(1)
         self._listed.write(slot, plan.num_listed)
         self._prompt_len.write(slot, prompt_len)
         return slot

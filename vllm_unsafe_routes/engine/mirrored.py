@@ -33,11 +33,14 @@ class Mirrored:
         self._changed = slice(0, 0)
 
     def write(self, at: Any, values: Any) -> None:
-        """Set entries on the host; `at` is a number, a slice with both ends, or an array of numbers."""
+        """Set entries on the host; `at` is a number, a slice with both ends, or a list of numbers."""
         self.host[at] = values
         if self._is_shared:
             return
-        first, end = (at.start, at.stop) if isinstance(at, slice) else (int(np.min(at)), int(np.max(at)) + 1)
+        if isinstance(at, slice):
+            first, end = at.start, at.stop
+        else:
+            first, end = (at, at + 1) if isinstance(at, int) else (min(at), max(at) + 1)
         changed = self._changed
         self._changed = slice(min(first, changed.start), max(end, changed.stop)) if changed.stop else slice(first, end)
 

@@ -46,8 +46,8 @@ class RouteCounts:
 
         """
         known = [item for item in said if item is not None]
-        if not known:
-            return None
+        if len(known) < 2:  # as in most steps: nothing was said
+            return known[0] if known else None
         return cls(
             {mode: max(item.tokens[mode] for item in known) for mode in known[0].tokens},
             {mode: _largest(item.displaced[mode] for item in known) for mode in known[0].displaced},

@@ -23,9 +23,25 @@ class _Open:
     Args:
         context: of a request with a plan, captured routes or scores; None for others, whose receipt speaks of the policy only.
 
+    Attributes:
+        has_news: `news` would say something; in decoding it seldom does.
+        cached: tokens that came from the prefix cache.
+
     """
 
-    __slots__ = ("cached", "chunks", "context", "earlier", "is_new", "logits", "monitor", "routes", "scores", "scores_are_new")
+    __slots__ = (
+        "cached",
+        "chunks",
+        "context",
+        "earlier",
+        "has_news",
+        "is_new",
+        "logits",
+        "monitor",
+        "routes",
+        "scores",
+        "scores_are_new",
+    )
 
     def __init__(self, context: RouteContext | None) -> None:
         self.monitor: dict[str, Any] | None = None
@@ -35,7 +51,7 @@ class _Open:
         """Know nothing yet of what is set, as for a new request; also after a swap, when all of it is computed again."""
         self.context = context
         self.earlier = earlier
-        self.is_new = True
+        self.is_new = self.has_news = True
         self.cached = 0
         self.routes: RoutesSet | None = None
         self.chunks: list[tuple[int, Any, Any]] = []
@@ -47,7 +63,13 @@ class _Open:
             self.scores = np.full(extras.score.token_ids.shape, np.nan, np.float32)
             self.scores_are_new = True
 
+    def monitored(self, said: dict[str, Any]) -> None:
+        """Take the score of its prompt."""
+        self.monitor, self.has_news = said, True
+
     def advance(self, step: StepProgress) -> None:
+        """Take what a worker says of a step."""
+        self.has_news = True
         self.routes = step.routes or self.routes
         if step.route_ids is not None and step.route_weights is not None:
             known = max(0, self._routes_start() - step.chunk_start)
@@ -63,8 +85,9 @@ class _Open:
         extras = self.context.extras if self.context is not None else None
         return 0 if extras is None else extras.routes_start
 
-    def news(self, active: ActivePolicy) -> dict[str, Any] | None:
-        """Fields of the receipt that changed since the last call, as `assembly.py` reads them; None: none did."""
+    def news(self, active: ActivePolicy) -> dict[str, Any]:
+        """Fields of the receipt that changed since the last call, as `assembly.py` reads them."""
+        self.has_news = False
         news: dict[str, Any] = {}
         if self.is_new:
             self.is_new = False
@@ -89,7 +112,7 @@ class _Open:
         if self.scores_are_new:
             self.scores_are_new = False
             news["scores"] = self.scores.tolist()
-        return news or None
+        return news
 
 
 class ReceiptBook:
@@ -128,7 +151,7 @@ class ReceiptBook:
         """Take what a worker says of the prompts in a step."""
         if self.scores is not None:
             for req_id, said in self.scores.add(pieces).items():
-                self._open.setdefault(req_id, _Open(None)).monitor = said
+                self._open.setdefault(req_id, _Open(None)).monitored(said)
 
     def absorb(self, progress: Mapping[str, StepProgress]) -> None:
         """Take what a worker says of a step."""
@@ -150,8 +173,7 @@ class ReceiptBook:
                 entry = self._open[output.request_id] = _Open(None)
             if output.prefill_stats is not None:
                 entry.cached = output.prefill_stats.num_cached_tokens
-            news = entry.news(active)
-            if news is not None:
+            if entry.has_news and (news := entry.news(active)):
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), RECEIPT_KEY: news}
             if output.finish_reason is not None:
                 del self._open[output.request_id]

@@ -128,7 +128,8 @@ class RouterState:
 
     Attributes:
         active: some token of this step may have a row.
-        always: calls are captured in graphs and must not be skipped.
+        always: calls may be captured in graphs.
+        rehearses: the forward pass has dummy tokens, as before a capture: what a graph will hold must have run once.
         covered: MoE slots at which every token of this step is directed: what the model's own gating says is not needed.
         masks: what these ask, where that is masks and a bias for all.
 
@@ -136,8 +137,14 @@ class RouterState:
 
     active: bool = False
     always: bool = False
+    rehearses: bool = False
     covered: Collection[int] = ()
     masks: Mapping[int, LayerMask] = field(default_factory=dict)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether this call goes into a graph, which repeats it in later steps, whatever these ask; or is such a rehearsal."""
+        return self.rehearses or (self.always and torch.cuda.is_current_stream_capturing())
 
 
 class RouterHooks(NamedTuple):

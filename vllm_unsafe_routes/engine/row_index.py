@@ -27,6 +27,7 @@ class RowIndex:
         table: the route table.
         num_layers: MoE layers of the model.
         capacity: most tokens that one forward pass can have, padding included.
+        num_drafts: most drafts of a request in a step, which may turn out to be rejected.
 
     Attributes:
         rows: int32 [MoE layers, capacity].
@@ -34,18 +35,20 @@ class RowIndex:
         policy_rows: int32 [MoE layers], on the device: the policy's row of each layer, -1 for none.
         is_idle: every token of the step has the policy's rows.
         lasts: the step has the rows of the step before it.
-        covered: MoE slots at which every token of the step is known to have a row.
-        bare: MoE slots at which none is. On a GPU nothing is known, and under Triton's interpreter only of steps without plans.
+        covered: MoE slots at which every token of the step is known to have a row; on a GPU none is.
+        has_forced: some token of the step may have a forced row.
+        bare: MoE slots at which none has. On a GPU those where no plan of the step's requests has a row anywhere.
 
     """
 
-    def __init__(self, table: DeviceTable, num_layers: int, capacity: int) -> None:
+    def __init__(self, table: DeviceTable, num_layers: int, capacity: int, num_drafts: int = 0) -> None:
         self._table = table
+        self._num_drafts = num_drafts
         self._device = table.cells.device
         self.rows = torch.full((num_layers, capacity), NO_ROW, dtype=torch.int32, device=self._device)
         self.views = LayerViews(self.rows)
         self.policy_rows = torch.full((num_layers,), NO_ROW, dtype=torch.int32, device=self._device)
-        self.is_idle = self.lasts = False
+        self.is_idle = self.lasts = self.has_forced = False
         self._last: tuple[Any, ...] | None = None
         self.covered: frozenset[int] = frozenset()
         self.bare: frozenset[int] = frozenset()
@@ -71,6 +74,7 @@ class RowIndex:
     def start_policy(self, row_of: np.ndarray) -> None:
         """Take the rows of another policy, int32 [MoE layers]; the next step has them."""
         self.policy_rows.copy_(torch.from_numpy(row_of))
+        self._table.start_policy(row_of)
         self.is_idle, self._last = False, None
 
     def stage(self, step: Step) -> None:
@@ -80,38 +84,41 @@ class RowIndex:
         if slot_of:
             assert step.query_start_loc is not None and step.positions is not None
             slots = np.fromiter((slot_of.get(req_id, NO_PLAN_SLOT) for req_id in step.req_ids), np.int32, len(step.req_ids))
-            start_loc, last = step.query_start_loc[: len(slots) + 1], self._last
-            self._last = self._lasting(slots, start_loc, step.positions)
+            last, self._last = self._last, self._lasting(step, slots)
             self.lasts = last is not None and last == self._last
             if not self.lasts:
-                self._fill(slots, start_loc, step.positions)
+                self._fill(slots, step.query_start_loc[: len(slots) + 1], step.positions)
                 self.is_idle = False
-                self._look(step.num_tokens)
+                self._look(step.num_tokens, slots)
         elif not self.is_idle:
             self.rows.copy_(self.policy_rows[:, None].expand_as(self.rows))
             self.is_idle, self._last = True, None
-            self._look(1)
+            self._look(1, np.array([NO_PLAN_SLOT]))
 
-    def _lasting(self, slots: np.ndarray, query_start_loc: torch.Tensor, positions: torch.Tensor) -> tuple[Any, ...] | None:
+    def _lasting(self, step: Step, slots: np.ndarray) -> tuple[Any, ...] | None:
         """What the rows follow from, where every token lies behind its prompt and the columns of its plan: steps that only decode.
 
-        None: they follow from the positions as well, or only a GPU knows those.
+        None: they follow from the positions as well.
         """
-        if self._device.type != "cpu":
-            return None
-        table, start_loc = self._table, query_start_loc.numpy()
-        behind = np.maximum(table.slot_listed.numpy()[slots], table.slot_prompt_len.numpy()[slots])
-        if (positions.numpy()[start_loc[:-1]] < behind).any():
-            return None
-        return table.num_placed, len(positions), slots.tobytes(), start_loc.tobytes()
+        for part in step.parts:
+            resident = part.resident
+            if resident.plan is not None and part.start - self._num_drafts < max(resident.prompt_len, resident.plan.num_listed):
+                return None
+        assert step.positions is not None
+        num_tokens = tuple(step.num_scheduled[req_id] for req_id in step.req_ids)
+        return self._table.num_placed, len(step.positions), slots.tobytes(), num_tokens
 
-    def _look(self, num_tokens: int) -> None:
-        """See which slots are covered and which bare, by the first tokens."""
-        self.covered = self.bare = frozenset()
+    def _look(self, num_tokens: int, slots: np.ndarray) -> None:
+        """See which MoE slots are covered and which bare, by the first tokens; on a GPU by the requests' slots of the table."""
+        self.covered, self.has_forced = frozenset(), not self.is_idle
         if self._device.type == "cpu" and (self.is_idle or not uses_triton(self._device)):
-            has_row = self.rows[:, :num_tokens].numpy() != NO_ROW
+            rows = self.rows[:, :num_tokens]
+            has_row = rows.numpy() != NO_ROW
+            self.has_forced = self.has_forced and bool(self.is_forced(rows).any())
             self.covered = frozenset(has_row.all(1).nonzero()[0].tolist())
             self.bare = frozenset((~has_row.any(1)).nonzero()[0].tolist())
+        else:
+            self.bare = frozenset((~self._table.has_rows[slots].any(0)).nonzero()[0].tolist())
 
     def is_forced(self, rows: torch.Tensor) -> torch.Tensor:
         """bool, the shape of `rows`: tokens whose experts a plan forces, by their entries of the row index."""

@@ -71,7 +71,7 @@ class ExpertUsage:
         num_tokens = step.num_tokens
         if not num_tokens:
             return
-        index = route_ids[self._local, :num_tokens].long() + self._bins
+        index = route_ids[self._local, :num_tokens] + self._bins
         numbers = [self._labelled.get(req_id, 0) for req_id in step.req_ids] if self._labelled else []
         if any(numbers):
             self._numbers.write(slice(0, num_tokens), np.repeat(numbers, [step.num_scheduled[req_id] for req_id in step.req_ids]))

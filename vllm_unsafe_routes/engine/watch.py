@@ -41,32 +41,36 @@ class Watch:
         self._local = slice(local_slots[0], local_slots[-1] + 1) if local_slots else slice(0, 0)
         self._layers = shape.moe_layers[self._local]
         self._in_kernel = uses_triton(device)
-        self._number = self._num_tokens = 0
-        self._marks = torch.zeros(len(sums.missed), dtype=torch.int32, device=device if self._in_kernel else "cpu")
+        self._num_tokens = 0
+        self._marks = torch.zeros(len(sums.missed), dtype=torch.int32, device=device)
+        # The number of the forward pass, which the device itself counts up, and its tokens, which seldom change in decoding.
         self._step = Mirrored((2,), 0, np.int32, device)
+        self._number = self._step.tensor[:1]
+        # Views and a buffer, so that a step costs as few operations as can be.
+        self._local_marks, self._local_missed = self._marks[self._local], sums.missed[self._local]
+        self._is_missed = torch.zeros(len(self._local_marks), dtype=torch.bool, device=device)
 
     def stage(self, step: Step) -> None:
         """A forward pass begins."""
-        self._number, self._num_tokens = self._number + 1, step.num_tokens
-        if self._in_kernel:
-            self._step.write(slice(0, 2), (self._number, self._num_tokens))
+        self._number.add_(1)
+        if step.num_tokens != self._num_tokens:
+            self._num_tokens = step.num_tokens
+            self._step.write(1, self._num_tokens)
             self._step.flush()
 
     def apply(self, slot: int, router_logits: torch.Tensor) -> RouteWatch | None:
         """The router of MoE layer `slot` is called; returns what the route kernel notes, None where that is done here."""
         if self._in_kernel:
             return RouteWatch(self._step.tensor, self._marks[slot : slot + 1], self.sums.num_nan[slot : slot + 1])
-        self._marks.numpy()[slot] = self._number
+        self._marks.numpy()[slot] = self._step.host[0]
         if math.isnan(float(router_logits.sum())):  # so is the sum of opposite infinities
             self.sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()
         return None
 
-    def _is_missed(self) -> torch.Tensor:
-        return self._marks[self._local] != self._number
-
     def collect(self) -> None:
         """The forward pass has ended: count the layers that it did not call."""
-        self.sums.missed[self._local] += self._is_missed()
+        torch.ne(self._local_marks, self._number, out=self._is_missed)
+        self._local_missed.add_(self._is_missed)
         self.sums.grew()
 
     def check(self, forward: Callable[[], object]) -> None:
@@ -78,6 +82,7 @@ class Watch:
         """
         self.stage(NO_STEP)
         forward()
-        for layer, is_missed in zip(self._layers, self._is_missed().tolist(), strict=True):
+        missed = self._local_marks != self._number
+        for layer, is_missed in zip(self._layers, missed.tolist(), strict=True):
             if is_missed:
                 raise RouteError(f"MoE layer {layer}: its router is bound, but a warm-up step did not ask it; {OFF_HELP}")

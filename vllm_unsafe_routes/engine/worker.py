@@ -73,8 +73,8 @@ class RouteController:
         self.shape = shape = model_shape(vllm_config)
         self.state = state = RouterState(always=device.type != "cpu")
         num_layers = len(shape.moe_layers)
-        self._table = DeviceTable(config, config.compiler(shape).layout, device)
-        self._index = RowIndex(self._table, num_layers, _capacity(vllm_config))
+        self._table = DeviceTable(config, config.compiler(shape).layout, num_layers, device)
+        self._index = RowIndex(self._table, num_layers, _capacity(vllm_config), _num_drafts(vllm_config))
         jitter = config.load_jitter()
         self._jitter = None if jitter is None else LogitJitter(jitter, shape, self._index, state.always)
 
@@ -95,9 +95,7 @@ class RouteController:
             self._scoring = Scoring(vllm_config.model_config.get_vocab_size())
             if can_share_rows(vllm_config, device):
                 self.shared = SharedRows(model, shape.slot_of_layer, self._index.rows)
-        self._requests = Requests()
-        self.step = NO_STEP
-        self._report = StepReport()
+        self._requests, self.step, self._report = Requests(), NO_STEP, StepReport()
         active = config.active_policy()
         self._use_policy(active)
         _log_start(shape, len(self.bindings), active, config)
@@ -166,10 +164,7 @@ class RouteController:
         if self._jitter is not None:
             self._jitter.stage(step)
         self._index.stage(step)
-        capturing = False
-        if self.capture is not None:
-            self.capture.stage(step)
-            capturing = self.capture.is_on
+        capturing = self.capture is not None and self.capture.stage(step)
         if self.shared is not None:
             self.shared.stage(NO_STEP if capturing or self._counts.is_on else step)
         self._start_routers(capturing)
@@ -177,6 +172,7 @@ class RouteController:
             self.watch.stage(step)
 
     def _start_routers(self, capturing: bool) -> None:
+        self.state.rehearses = self.state.always and not self.step.num_tokens
         self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
         self.policy.cover(self.state, self.step.num_tokens)
 
@@ -196,20 +192,25 @@ class RouteController:
         hidden_states: torch.Tensor,
     ) -> None:
         """Called by the bound router of MoE layer `slot`, through the custom op; rewrites directed tokens in place."""
+        binding, index = self.bindings[slot], self._index
+        always = self.state.is_captured or binding.fused
+        if not (always or self.state.active):
+            return
         num_tokens = router_logits.shape[0]
         assert num_tokens <= self.capacity, f"{num_tokens} tokens in a forward pass, buffers hold {self.capacity}"
-        native_ids = self._counts.apply(slot, num_tokens)
-        routes = (None, None) if self.capture is None else self.capture.apply(slot, num_tokens)
+        by_kernel = always or slot not in index.bare
+        native_ids = self._counts.apply(slot, num_tokens, by_kernel)
+        routes = (None, None) if self.capture is None else self.capture.apply(slot, num_tokens, by_kernel)
         if self.capture is not None and (self._jitter is None or slot not in self._jitter.slots):
             self.capture.keep_logits(slot, router_logits)
         watch = self.watch.apply(slot, router_logits)
         routing = Routing(topk_weights, topk_ids, router_logits, hidden_states, native_ids, *routes, watch)
-        binding, index, covered = self.bindings[slot], self._index, slot in self.state.covered
+        covered = slot in self.state.covered
         mask = self.state.masks.get(slot) if covered else None
         some_rows = None if self.shared is None else self.shared.row_index
         if mask is not None and len(mask.banned) in (1, num_tokens) and some_rows is None:  # tokens that pad the batch have no row
             binding.mask(routing, mask)
-        elif slot in index.bare and not binding.fused:
+        elif not by_kernel:
             binding.leave(routing)
         else:
             row_index = index.views.at(slot, num_tokens) if some_rows is None else some_rows
@@ -332,6 +333,12 @@ def _capacity(vllm_config: Any) -> int:
     tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
     padded: int = -(-most // tensor_parallel) * tensor_parallel
     return -(-padded // 16) * 16
+
+
+def _num_drafts(vllm_config: Any) -> int:
+    """Most drafts of a request in a step, 0 without speculative decoding."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens)
 
 
 def _pipeline_layers(vllm_config: Any) -> range:
