@@ -43,7 +43,7 @@ def asked(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Engines that are started from now on."""
-    monkeypatch.setattr(worker, "RouterState", lambda always: RouterState(always=True))
+    monkeypatch.setattr(worker, "RouterState", lambda **_: RouterState(always=True, rehearses=True))
     monkeypatch.setattr(row_index, "uses_triton", lambda device: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
 

@@ -420,15 +420,14 @@ def _load_model(own: Any) -> Any:
 
 def _check_after_warm_up(worker: Any, controller: Any) -> None:
     """Replace the worker's warm-up by one that ends with a check; on the instance, because the CPU worker has its own."""
-    from .worker import check_forward
+    from .worker import end_warm_up
 
     own = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model() -> Any:
         times = own()
         num_tokens = min(_CHECKED_TOKENS, worker.scheduler_config.max_num_batched_tokens)
-        check_forward(controller, worker.execute_dummy_batch)
-        check_forward(controller, lambda: worker.model_runner._dummy_run(num_tokens, skip_eplb=True))
+        end_warm_up(controller, worker.execute_dummy_batch, lambda: worker.model_runner._dummy_run(num_tokens, skip_eplb=True))
         return times
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model

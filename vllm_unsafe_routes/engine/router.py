@@ -129,7 +129,7 @@ class RouterState:
     Attributes:
         active: some token of this step may have a row.
         always: calls may be captured in graphs.
-        rehearses: the forward pass has dummy tokens, as before a capture: what a graph will hold must have run once.
+        rehearses: the engine warms up: what graphs will hold must have run once before they are captured.
         covered: MoE slots at which every token of this step is directed: what the model's own gating says is not needed.
         masks: what these ask, where that is masks and a bias for all.
 

@@ -71,7 +71,8 @@ class RouteController:
     def __init__(self, vllm_config: Any, config: RouteConfig, model: torch.nn.Module, device: torch.device) -> None:
         check_supported(vllm_config, config)
         self.shape = shape = model_shape(vllm_config)
-        self.state = state = RouterState(always=device.type != "cpu")
+        can_capture = device.type != "cpu"
+        self.state = state = RouterState(always=can_capture, rehearses=can_capture)
         num_layers = len(shape.moe_layers)
         self._table = DeviceTable(config, config.compiler(shape).layout, num_layers, device)
         self._index = RowIndex(self._table, num_layers, _capacity(vllm_config), _num_drafts(vllm_config))
@@ -172,7 +173,6 @@ class RouteController:
             self.watch.stage(step)
 
     def _start_routers(self, capturing: bool) -> None:
-        self.state.rehearses = self.state.always and not self.step.num_tokens
         self.state.active = not self._index.is_idle or bool(self.policy) or self._counts.is_on or capturing
         self.policy.cover(self.state, self.step.num_tokens)
 
@@ -258,11 +258,13 @@ def _log_start(shape: ModelShape, num_bound: int, active: ActivePolicy, config: 
     )
 
 
-def check_forward(controller: RouteController, forward: Callable[[], object]) -> None:
-    """See that a forward pass of dummy tokens calls every bound router. Raises `RouteError`: the engine must not start."""
-    before, controller.state.active = controller.state.active, True
-    controller.watch.check(forward)
-    controller.state.active = before
+def end_warm_up(controller: RouteController, *forwards: Callable[[], object]) -> None:
+    """See that forward passes of dummy tokens call every bound router. Raises `RouteError`: the engine must not start."""
+    state = controller.state
+    before, state.active = state.active, True
+    for forward in forwards:
+        controller.watch.check(forward)
+    state.active, state.rehearses = before, False
 
 
 def replace_worker_policy(worker: Any, document: dict[str, Any], planned: list[str]) -> None:
