@@ -14,7 +14,7 @@ import argparse
 import re
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import recipe_results
 import routes_exact
 import search_speed
 import serving_cost
-from common import NOT_MEASURED, ROOT, Rows, markdown, read_csv, read_rows, rewrite, spread, where, write_csv
+from common import NOT_MEASURED, ROOT, Rows, distinct, markdown, read_csv, read_rows, rewrite, spread, where, write_csv
 
 # question -> the columns that say what a row measured
 QUESTIONS = {
@@ -132,24 +132,39 @@ def gpu_files(question: str, results: Path) -> list[Path]:
 
 
 def gpu_summary(results: Path) -> str:
-    """The README's few lines; what was not measured says so."""
+    """The README's few lines, a column for each GPU; what was not measured says so."""
     rows = {name: [row for path in gpu_files(name, results) for row in read_csv(path)] for name in QUESTIONS}
-    if not any(rows.values()):
-        return NOT_MEASURED
-    checks, speed = rows["routes_exact"], [row for row in rows["search_speed"] if row["kind"] == "speed"]
-    passed = sum(row["result"] == "pass" for row in checks)
-    lines = [["checks passed", f"{passed} of {len(checks)}" if checks else NOT_MEASURED]]
-    for variant, name in serving_cost.VARIANTS.items():
-        mine = [row for row in rows["serving_cost"] if row["variant"] == variant and row["load"].startswith("decode")]
-        lines.append(
-            [f"tokens/s in decoding against stock vLLM, {name}", spread([float(row["ratio_to_stock"]) for row in mine], 3, 2)]
-        )
-    ours = [row for row in speed if row["variant"].startswith("cells")]
-    for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in ours):
-        ratios = [float(row["ratio_to_published"]) for row in ours if (row["model"], row["variant"]) == (model, variant)]
-        lines.append([f"candidates/s against the published way, {model}, {variant}", spread(ratios, 0, 0)])
     shown = [row for name in ("routes_exact", "serving_cost", "search_speed") for row in rows[name]]
-    return f"{markdown(['on a GPU', 'median (range)'], lines)}\n\n{where(shown)}"
+    devices = distinct(shown, "device")
+    if not devices:
+        return NOT_MEASURED
+    models = distinct(rows["search_speed"], "model")
+    columns = [summary_cells({name: of(device, rows[name]) for name in rows}, models) for device in devices]
+    table = markdown(["on a GPU", *devices], [[what, *(column[what] for column in columns)] for what in columns[0]])
+    return "\n\n".join([table, *(where(of(device, shown)) for device in devices)])
+
+
+def of(device: str, rows: Rows) -> Rows:
+    """Rows measured there."""
+    return [row for row in rows if row["device"] == device]
+
+
+def summary_cells(rows: dict[str, Rows], models: Sequence[str]) -> dict[str, str]:
+    """What -> figure, of the rows of one GPU; the same things for all."""
+    checks = rows["routes_exact"]
+    cells = {"checks passed": f"{sum(row['result'] == 'pass' for row in checks)} of {len(checks)}" if checks else NOT_MEASURED}
+    for variant in ("idle", "policy", "plans", "fused"):
+        mine = [row for row in rows["serving_cost"] if row["variant"] == variant and row["load"].startswith("decode")]
+        what = f"tokens/s in decoding against stock vLLM, {serving_cost.VARIANTS[variant]}: median (range) of all rounds"
+        cells[what] = spread([float(row["ratio_to_stock"]) for row in mine], 3, 2)
+    for model in models:
+        mine = [row for row in rows["search_speed"] if row["model"] == model]
+        ours = {row["variant"]: row["ratio_to_published"] for row in mine if row["variant"].startswith("cells")}
+        shown = ", ".join(f"{float(ratio):.0f} ({variant.split()[1]})" for variant, ratio in ours.items())
+        cells[f"candidates/s over those of the published way, {model} (prompts in flight)"] = shown or NOT_MEASURED
+        whole = [row["ratio_to_published"] for row in mine if row["kind"] == "whole run"]
+        cells[f"a whole F-SOUR attempt alone, {model}"] = f"{float(whole[-1]):.0f} times as fast" if whole else NOT_MEASURED
+    return cells
 
 
 def documents(root: Path = ROOT) -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 import search_speed
 import tables
 from common import NOT_MEASURED, read_csv
+from serving_cost import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {"date": "2026-01-01", "commit": "abc", "device": "Test GPU", "driver": "1", "torch": "2", "triton": "3"}
@@ -59,7 +60,8 @@ def rewrite(root: Path, *sources: Path) -> subprocess.CompletedProcess[str]:
 def serving(model: str, rate: float = 1000.0) -> list[dict]:
     return [
         {"model": model, "layers": 2, "mode": "graphs", "load": load, "variant": variant, "round": number}
-        | {"tokens_per_s": rate * ratio, "ratio_to_stock": ratio}
+        | {"tokens_per_s": rate * ratio, "seconds": 1 / ratio, "ratio_to_stock": ratio}
+        | ({"idle_seconds": 0.98} if variant == "idle" else {})
         for load in ("decode, 32 requests", "prefill")
         for number in range(3)
         for variant, ratio in (("stock", 1.0), ("idle", 0.99 + number / 100), ("plans", 0.9))
@@ -100,9 +102,10 @@ def test_results_of_several_calls(tmp_path):
     done = rewrite(root, first, tmp_path / "search", write(tmp_path / "earlier/kernel_speed.jsonl", earlier).parent, second)
     assert done.returncode == 0, done.stderr
     (text,) = shown("gpu-serving", root)
-    line = "| M, 2 layers | decode, 32 requests | 1,000 | 1.000 (0.990-1.010) | not measured | not measured | 0.900 (0.900-0.900) |"
-    assert line in text
-    assert "| N, 2 layers | prefill | 1,000 |" in text
+    assert "| **M, 2 layers: decode, 32 requests** (stock: 1,000 tokens/s) |" in text
+    assert f"| {VARIANTS['idle']} | 1.010 | 1.000 (0.990-1.010) | 0.990 |" in text
+    assert f"| {VARIANTS['plans']} | 0.900 | 0.900 (0.900-0.900) | 0.882 |" in text  # of the same engine
+    assert "| **N, 2 layers: prefill** (stock: 1,000 tokens/s) |" in text
     assert "Test GPU, driver 1, torch 2, Triton 3, vLLM 0.32.0, transformers 5, 2026-01-01, commit abc." in text
     (text,) = shown("gpu-search", root)
     assert "| M | cells, 16 in flight | 3001.0 (3000.0-3002.0) | 320.0 (320.0-320.0) |" in text
@@ -113,10 +116,12 @@ def test_results_of_several_calls(tmp_path):
     assert "| M | decode | 5.0 | 6.0 | 1.2 | experts: 0.5 ms |" in shown("gpu-profile", root)[0]
     assert set(shown("search-speed", root)) == {NOT_MEASURED}
     (text,) = shown("gpu", root)
+    assert "| on a GPU | Test GPU |" in text
     assert "| checks passed | 1 of 1 |" in text
-    assert "| tokens/s in decoding against stock vLLM, a plan on every request | 0.900 (0.90-0.90) |" in text
-    assert "| tokens/s in decoding against stock vLLM, stock in forced eager mode | not measured |" in text
-    assert "| candidates/s against the published way, M, cells, 16 in flight | 320 (320-320) |" in text
+    assert "a plan on every request: median (range) of all rounds | 0.900 (0.90-0.90) |" in text
+    assert "a policy at every layer: median (range) of all rounds | not measured |" in text
+    assert "| candidates/s over those of the published way, M (prompts in flight) | 320 (16) |" in text
+    assert "| a whole F-SOUR attempt alone, M | 67 times as fast |" in text
     assert len(read_csv(root / "benchmarks/results/kernel_speed_test_gpu.csv")) == len(kernel)
     assert len(read_csv(root / "benchmarks/results/serving_cost_test_gpu.csv")) == len(serving("M") + serving("N"))
     before = {path: path.read_text() for path in tables.documents(root)}
