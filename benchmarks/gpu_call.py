@@ -4,8 +4,7 @@
     UNSAFE_ROUTES_COMMIT=abc1234 python3 benchmarks/gpu_call.py 2      # search, profile: 390 s
     python3 benchmarks/gpu_call.py 1 --rehearse                        # every step on CPU, tiny; no figure counts
 
-Cells alone: `cells` and `cells-latent`, 100 s each. Instead of call 2: `eager` if routes are exact without graphs only, `again` if
-no engine started in call 1 and the fault is mended.
+Instead of call 2: `eager` if routes are exact without graphs only, `again` if no engine started in call 1 and the fault is mended.
 The host needs what docs/gpu.md lists, and no network. Everything measured is one file, `call-<name>.tgz`, copied to the folder that
 the environment variable OUT names (else to runs/gpu) every ten seconds and at the end; `benchmarks/tables.py` reads it. The exit
 status is 0 only if every part ended well.
@@ -58,9 +57,12 @@ class Part:
 
 CHECKS = "--jobs 6 --only kernels,replays,identity,exact-olmoe,agree-olmoe,exact-deepseek_v2_lite"
 SHAPES = "OLMoE,DeepSeek-V2-Lite,Mixtral,DeepSeek-V3"
-SERVING = "--models olmoe --engines routes,again,fused --rounds 99"
-SEARCH = "--mode eager --agreed --rounds 1"
-# Rounds go on until the time is up. Eager engines start soonest, and cells replay no graph.
+SERVING = "--models olmoe --engines routes,policy,fused --rounds 99"
+# Eager engines start soonest, and cells replay no graph.
+SEARCH = "--mode eager --agreed --rounds 1 --only"
+OLMOE = f"--models olmoe {SEARCH} cells-1-,cells-16-,cells-128-,engine-16-"
+DEEPSEEK = f"--models deepseek_v2_lite {SEARCH} cells-1-,cells-64-"
+# Serving's rounds go on until the time is up.
 CALLS = {
     "1": (
         Part(155, "routes_exact.py", CHECKS),
@@ -68,14 +70,14 @@ CALLS = {
         Part(345, "serving_cost.py", SERVING),
     ),
     "2": (
-        Part(140, "search_speed.py", f"--models olmoe {SEARCH}"),
-        Part(310, "search_speed.py", f"--models deepseek_v2_lite {SEARCH}"),
-        Part(390, "floors.py", "--models olmoe --only decode,search"),
+        Part(110, "search_speed.py", OLMOE),
+        Part(255, "search_speed.py", DEEPSEEK),
+        Part(390, "floors.py", "--models olmoe"),
     ),
     "eager": (
-        Part(120, "serving_cost.py", f"{SERVING} --mode eager"),
-        Part(210, "search_speed.py", "--models olmoe --mode eager --agreed --rounds 2"),
-        Part(300, "search_speed.py", f"--models deepseek_v2_lite {SEARCH}"),
+        Part(100, "serving_cost.py", f"{SERVING} --mode eager"),
+        Part(175, "search_speed.py", OLMOE),
+        Part(300, "search_speed.py", DEEPSEEK),
     ),
     "again": (
         Part(130, "routes_exact.py", CHECKS),

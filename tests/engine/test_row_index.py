@@ -24,10 +24,10 @@ POLICY = {"version": "route-policy/1", "layers": {"1": {"disabled": [7]}}}
 
 
 class Requests:
-    """Requests that come, are computed and go at random, each with a plan or none."""
+    """Requests that come, are computed and go at random, each with a plan or none; the host may take rejected drafts for accepted."""
 
-    def __init__(self, active, seed):
-        self.rng = random.Random(seed)
+    def __init__(self, active, seed, num_drafts=0):
+        self.rng, self.num_drafts = random.Random(seed), num_drafts
         config = RouteConfig(allow_overrides=True)
         self.compiler = config.compiler(SHAPE, active)
         self.table = DeviceTable(config, self.compiler.layout, 3, torch.device("cpu"))
@@ -39,7 +39,7 @@ class Requests:
         self.resident, self.position, self.made = {}, {}, 0
 
     def index(self):
-        made = RowIndex(self.table, 3, 64)
+        made = RowIndex(self.table, 3, 64, self.num_drafts)
         made.start_policy(self.policy_row_of)
         return made
 
@@ -71,13 +71,17 @@ class Requests:
             if req_id in self.resident:
                 self.table.remove(req_id, self.resident.pop(req_id).plan)
 
+    def told(self, req_id):
+        position = self.position[req_id]
+        return position + self.rng.randrange(self.num_drafts + 1) if position >= self.resident[req_id].prompt_len else position
+
     def step(self):
         req_ids = list(self.position)
         number = {req_id: self.rng.randrange(1, 4) if self.position[req_id] < 5 else 1 for req_id in req_ids}
         starts = np.cumsum([0, *number.values()])
         places = [at for req_id in req_ids for at in range(self.position[req_id], self.position[req_id] + number[req_id])]
         parts = [
-            Part(req_id, self.resident[req_id], self.position[req_id], number[req_id], int(first))
+            Part(req_id, self.resident[req_id], self.told(req_id), number[req_id], int(first))
             for req_id, first in zip(req_ids, starts, strict=False)
             if req_id in self.resident
         ]
@@ -88,9 +92,10 @@ class Requests:
 
 
 @pytest.mark.parametrize("active", [ActivePolicy(), ActivePolicy(RoutePolicy.from_json(POLICY))], ids=["free", "policy"])
+@pytest.mark.parametrize("num_drafts", [0, 2])
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_follow_every_step(active, seed):
-    requests = Requests(active, seed)
+def test_rows_follow_every_step(active, num_drafts, seed):
+    requests = Requests(active, seed, num_drafts)
     index, lasted, masks = requests.index(), 0, {}
     for _ in range(150):
         if requests.rng.random() < 0.1 or not requests.position:
