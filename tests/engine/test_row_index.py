@@ -24,7 +24,7 @@ POLICY = {"version": "route-policy/1", "layers": {"1": {"disabled": [7]}}}
 
 
 class Requests:
-    """Requests that come, are computed and go at random, each with a plan or none; the host may take rejected drafts for accepted."""
+    """Requests that come, are computed and go at random, with a plan or none; the host may take rejected drafts for accepted."""
 
     def __init__(self, active, seed, num_drafts=0):
         self.rng, self.num_drafts = random.Random(seed), num_drafts

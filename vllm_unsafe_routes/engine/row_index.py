@@ -5,6 +5,7 @@ Nothing is launched for steps without plans: a policy alone is written once, for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from vllm_unsafe_routes.kernels.spec import FLAG_FORCED
 from ..compiled import NO_ROW
 from .device_table import DeviceTable, upload
 from .layer_views import LayerViews
-from .step import NO_PLAN_SLOT, Step
+from .step import NO_PLAN_SLOT, Part, Step
 
 
 class RowIndex:
@@ -80,13 +81,14 @@ class RowIndex:
     def stage(self, step: Step) -> None:
         """Write the row of every token of the coming forward pass; padded tokens of a step with plans get -1."""
         self._table.flush()
-        slot_of = {part.req_id: part.resident.slot for part in step.parts if part.resident.slot != NO_PLAN_SLOT}
-        if slot_of:
+        planned = [part for part in step.parts if part.resident.plan is not None]
+        if planned:
             assert step.query_start_loc is not None and step.positions is not None
-            slots = np.fromiter((slot_of.get(req_id, NO_PLAN_SLOT) for req_id in step.req_ids), np.int32, len(step.req_ids))
-            last, self._last = self._last, self._lasting(step, slots)
+            last, self._last = self._last, self._lasting(step, planned)
             self.lasts = last is not None and last == self._last
             if not self.lasts:
+                slot_of = {part.req_id: part.resident.slot for part in planned}
+                slots = np.array([slot_of.get(req_id, NO_PLAN_SLOT) for req_id in step.req_ids], np.int32)
                 self._fill(slots, step.query_start_loc[: len(slots) + 1], step.positions)
                 self.is_idle = False
                 self._look(step.num_tokens, slots)
@@ -95,18 +97,16 @@ class RowIndex:
             self.is_idle, self._last = True, None
             self._look(1, np.array([NO_PLAN_SLOT]))
 
-    def _lasting(self, step: Step, slots: np.ndarray) -> tuple[Any, ...] | None:
+    def _lasting(self, step: Step, planned: Sequence[Part]) -> tuple[Any, ...] | None:
         """What the rows follow from, where every token lies behind its prompt and the columns of its plan: steps that only decode.
 
         None: they follow from the positions as well.
         """
-        for part in step.parts:
-            resident = part.resident
-            if resident.plan is not None and part.start - self._num_drafts < max(resident.prompt_len, resident.plan.num_listed):
-                return None
+        if any(part.start - self._num_drafts < part.resident.settled for part in planned):
+            return None
         assert step.positions is not None
-        num_tokens = tuple(step.num_scheduled[req_id] for req_id in step.req_ids)
-        return self._table.num_placed, len(step.positions), slots.tobytes(), num_tokens
+        slots = [part.resident.slot for part in planned]
+        return self._table.num_placed, len(step.positions), slots, list(step.req_ids), dict(step.num_scheduled)
 
     def _look(self, num_tokens: int, slots: np.ndarray) -> None:
         """See which MoE slots are covered and which bare, by the first tokens; on a GPU by the requests' slots of the table."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Resident:
         prompt_len: tokens of its prompt.
         start: first position that this engine computed for it.
         end: one past the last position computed so far, rejected drafts included.
+        settled: first position from which on its rows no longer change.
 
     """
 
@@ -45,8 +46,12 @@ class Resident:
     prompt_len: int
     start: int
     end: int = 0
+    settled: int = field(init=False)
     # The start that was told together with what every further token sets.
     _told: int | None = None
+
+    def __post_init__(self) -> None:
+        self.settled = self.prompt_len if self.plan is None else max(self.prompt_len, self.plan.num_listed)
 
     def news(self) -> StepProgress | None:
         """Where it is after a step; None if that follows from what was said, as in decoding."""
@@ -129,9 +134,10 @@ class Requests:
 
     def __init__(self) -> None:
         self._resident: dict[str, Resident] = {}
-        # Of the coming forward pass: first position of each resident request, and tokens of every request.
-        self._starts: dict[str, int] = {}
+        # Of the coming forward pass: first position and tokens of every request, and whether the residents have noted it.
+        self._firsts: Mapping[str, int] = {}
         self._num_scheduled: Mapping[str, int] = {}
+        self._is_noted = True
 
     def __getitem__(self, req_id: str) -> Resident:
         return self._resident[req_id]
@@ -156,26 +162,22 @@ class Requests:
             forget(req_id)
         for new in scheduler_output.scheduled_new_reqs:
             take_in(new)
-        self._starts = {}
         self._num_scheduled = scheduler_output.num_scheduled_tokens
-        if not self._resident:
-            return
-        computed = first_positions(scheduler_output)
-        for req_id, num_tokens in self._num_scheduled.items():
-            resident = self._resident.get(req_id)
-            if resident is not None:
-                start = self._starts[req_id] = computed[req_id]
-                resident.start = min(resident.start, start)
-                resident.end = max(resident.end, start + num_tokens)
+        self._firsts = first_positions(scheduler_output) if self._resident else {}
+        self._is_noted = False
 
     def step(self, req_ids: Sequence[str], query_start_loc: torch.Tensor, positions: torch.Tensor) -> Step:
         """The coming forward pass; arguments as in `Step`. The host knows where tokens begin without asking the device."""
-        scheduled = self._num_scheduled
-        parts = []
-        if self._starts:
-            parts = [
-                Part(req_id, self._resident[req_id], self._starts[req_id], scheduled[req_id], first)
-                for req_id, first in first_tokens(req_ids, scheduled)
-                if req_id in self._starts
-            ]
+        scheduled, firsts = self._num_scheduled, self._firsts
+        parts, at = [], 0
+        for req_id in req_ids if firsts else ():
+            num_tokens, resident = scheduled[req_id], self._resident.get(req_id)
+            if resident is not None:
+                start = firsts[req_id]
+                if not self._is_noted:
+                    resident.start = min(resident.start, start)
+                    resident.end = max(resident.end, start + num_tokens)
+                parts.append(Part(req_id, resident, start, num_tokens, at))
+            at += num_tokens
+        self._is_noted = True
         return Step(parts, req_ids, scheduled, sum(scheduled.values()), query_start_loc, positions)
