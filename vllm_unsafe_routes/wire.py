@@ -162,7 +162,7 @@ def read_string(text: str) -> Content:
         if isinstance(error, RouteError):
             raise
         raise RouteError(f"{PLAN_KEY} is damaged: {error}") from None
-    if not newline or set(head) - {"prompt"} != {"weights", "model", "directives"} or not isinstance(num, int) or num < 0:
+    if not newline or set(head) - {"prompt"} != {"weights", "model", "directives"} or type(num) is not int or num < 0:
         raise RouteError(f"{PLAN_KEY} has an unknown head: {head}")
     weights, model = head["weights"], head["model"]
     # Whether a directive has weights may be said by any byte, and is written as 1. A prompt's keys may come in any order.

@@ -69,6 +69,13 @@ def test_a_digest_is_taken_over_the_content_however_it_is_written(plan, order, y
     assert (again.digest, again.directives, again.prompt) == (plan.digest, plan.directives, plan.prompt)
 
 
+def test_a_number_of_directives_is_no_truth():
+    packed = RoutePlan().disable(0, "all", [1]).to_string()
+    payload = zlib.decompress(b64decode(packed[4:])).replace(b'"directives": 1', b'"directives": true')
+    with pytest.raises(RouteError, match="unknown head"):
+        RoutePlan.from_string(packed[:4] + b64encode(zlib.compress(payload)).decode())
+
+
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: "rp2:" + b64encode(zlib.compress(raw)).decode()))
 @settings(max_examples=300, deadline=None)
 def test_garbage_is_refused_not_crashed_on(text):
