@@ -188,7 +188,7 @@ NEXT_STAMP := $(NEXT_VENV)/.ready
 # the probe, cells, what is read back (receipts, router logits, usage, the monitor), data parallel.
 NEXT_TESTS := $(addprefix tests/engine/test_,symbols.py refusals.py watch.py parity.py policy_modes.py prefix_cache.py identity.py \
   held.py features.py doctor.py server.py logits_seam.py probe.py cells.py receipts.py positions.py step_report.py router_logits.py \
-  usage.py route_monitor.py data_parallel.py)
+  usage.py route_monitor.py data_parallel.py bare_layers.py)
 .PHONY: setup-033 test-033
 
 setup-033: $(NEXT_STAMP)
