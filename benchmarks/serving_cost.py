@@ -386,11 +386,10 @@ def gpu_table(rows: Rows) -> str:
         name = f"{model}, {mine[0]['layers']} layers: {load}"
         lines.append([f"**{name}** (stock: {statistics.median(rates):,.0f} tokens/s)" if rates else f"**{name}**", "", "", ""])
         for variant, meaning in VARIANTS.items():
-            found = [quickest(mine, load, variant), quickest(mine, load, variant, idle=True)]
             if ratios := ratios_of(mine, load, variant):
-                shown = [f"{max(one):.3f}" if one else NOT_MEASURED for one in found]
-                lines.append([meaning, *("-" if variant in NEVER_IDLE and at else cell for at, cell in enumerate(shown))])
-                lines[-1].insert(2, common.spread(ratios, 3, 3))
+                found = (quickest(mine, load, variant), quickest(mine, load, variant, idle=True))
+                stock, itself = (f"{statistics.median(one):.3f}" if one else NOT_MEASURED for one in found)
+                lines.append([meaning, stock, common.spread(ratios, 3, 3), "-" if variant in NEVER_IDLE else itself])
     modes = ", ".join(map(str, common.distinct(rows, "mode")))
     head = ["variant", "stock, quickest turns", "stock, median (range) of the rounds", "itself with idle hooks, quickest turns"]
     count = len({(row["commit"], row["round"]) for row in rows})

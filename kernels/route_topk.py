@@ -73,13 +73,9 @@ def route_topk(
         raise ValueError("native_ids needs only_directed: nothing else ran the model's own gating")
     _check(router_logits, row_index, rows, spec, correction_bias)
     _check_outputs(topk_weights, topk_ids, native_ids, routes_ids, routes_weights, (num_tokens, spec.top_k))
-    if not torch.compiler.is_compiling():  # only traced code needs the op, whose dispatch costs more than gating a few tokens
-        routes = native_ids, routes_ids, routes_weights
-        _run(
-            router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids, *routes, watch, only_directed
-        )
-        return topk_weights, topk_ids
-    torch.ops.unsafe_routes.route_topk(
+    # Only traced code needs the op; its dispatch costs more than gating a few tokens.
+    run: Any = torch.ops.unsafe_routes.route_topk if torch.compiler.is_compiling() else _dispatch
+    run(
         router_logits,
         row_index,
         *(rows or (None,) * 6),
@@ -185,6 +181,8 @@ def _dispatch(
     group_score: str,
     only_directed: bool,
 ) -> None:
+    if not router_logits.shape[0]:
+        return
     spec = GatingSpec(
         router_logits.shape[1],
         top_k,
@@ -200,28 +198,6 @@ def _dispatch(
         rows = RouteRows(flags, allowed, forced_ids, forced_weights, score_bias, steered)
     if watch_step is not None and watch_mark is not None and watch_num_nan is not None:
         watch = RouteWatch(watch_step, watch_mark, watch_num_nan)
-    routes = native_ids, routes_ids, routes_weights
-    _run(router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids, *routes, watch, only_directed)
-
-
-def _run(
-    router_logits: torch.Tensor,
-    row_index: torch.Tensor | None,
-    rows: RouteRows | None,
-    spec: GatingSpec,
-    correction_bias: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    native_ids: torch.Tensor | None,
-    routes_ids: torch.Tensor | None,
-    routes_weights: torch.Tensor | None,
-    watch: RouteWatch | None,
-    only_directed: bool,
-) -> None:
-    """The device's kernel on checked arguments, as in `route_topk`."""
-    if not router_logits.shape[0]:
-        return
     arguments = (router_logits, row_index, rows, spec, correction_bias, is_padding, topk_weights, topk_ids)
     if uses_triton(router_logits.device):
         from .route_topk_triton import launch

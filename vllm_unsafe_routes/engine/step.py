@@ -126,7 +126,7 @@ def first_positions(scheduler_output: Any) -> dict[str, int]:
 
 def first_tokens(req_ids: Sequence[str], num_scheduled: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Each request of a batch, in its order, and where its tokens begin among those of the batch."""
-    return zip(req_ids, itertools.accumulate((num_scheduled[req_id] for req_id in req_ids), initial=0), strict=False)
+    return zip(req_ids, itertools.accumulate(map(num_scheduled.__getitem__, req_ids), initial=0), strict=False)
 
 
 class Requests:
@@ -169,15 +169,14 @@ class Requests:
     def step(self, req_ids: Sequence[str], query_start_loc: torch.Tensor, positions: torch.Tensor) -> Step:
         """The coming forward pass; arguments as in `Step`. The host knows where tokens begin without asking the device."""
         scheduled, firsts = self._num_scheduled, self._firsts
-        parts, at = [], 0
-        for req_id in req_ids if firsts else ():
-            num_tokens, resident = scheduled[req_id], self._resident.get(req_id)
+        parts = []
+        for req_id, at in first_tokens(req_ids, scheduled) if firsts else ():
+            resident = self._resident.get(req_id)
             if resident is not None:
-                start = firsts[req_id]
+                start, num_tokens = firsts[req_id], scheduled[req_id]
                 if not self._is_noted:
                     resident.start = min(resident.start, start)
                     resident.end = max(resident.end, start + num_tokens)
                 parts.append(Part(req_id, resident, start, num_tokens, at))
-            at += num_tokens
         self._is_noted = True
         return Step(parts, req_ids, scheduled, sum(scheduled.values()), query_start_loc, positions)

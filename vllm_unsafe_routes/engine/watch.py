@@ -48,7 +48,7 @@ class Watch:
         self._number = self._step.tensor[:1]
         # Views and a buffer, so that a step costs as few operations as can be.
         self._local_marks, self._local_missed = self._marks[self._local], sums.missed[self._local]
-        self._is_missed = torch.zeros(len(self._local_marks), dtype=torch.bool, device=device)
+        self._are_missed = torch.zeros(len(self._local_marks), dtype=torch.bool, device=device)
 
     def stage(self, step: Step) -> None:
         """A forward pass begins."""
@@ -67,10 +67,12 @@ class Watch:
             self.sums.num_nan[slot] += router_logits[: self._num_tokens].isnan().any(1).sum()
         return None
 
+    def _missed(self) -> torch.Tensor:
+        return torch.ne(self._local_marks, self._number, out=self._are_missed)
+
     def collect(self) -> None:
         """The forward pass has ended: count the layers that it did not call."""
-        torch.ne(self._local_marks, self._number, out=self._is_missed)
-        self._local_missed.add_(self._is_missed)
+        self._local_missed.add_(self._missed())
         self.sums.grew()
 
     def check(self, forward: Callable[[], object]) -> None:
@@ -82,7 +84,6 @@ class Watch:
         """
         self.stage(NO_STEP)
         forward()
-        missed = self._local_marks != self._number
-        for layer, is_missed in zip(self._layers, missed.tolist(), strict=True):
+        for layer, is_missed in zip(self._layers, self._missed().tolist(), strict=True):
             if is_missed:
                 raise RouteError(f"MoE layer {layer}: its router is bound, but a warm-up step did not ask it; {OFF_HELP}")
